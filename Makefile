@@ -1,0 +1,41 @@
+# Every target makes .venv and installs what it needs first; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-slow check format bench clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/beit-train chain=quickstart
+
+test: $(VENV)/.installed-test
+	$(BIN)/pytest -m "not gpu and not slurm and not slow"
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/pytest -m "slow and not gpu and not slurm"
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/masks.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@ $(VENV)/.installed

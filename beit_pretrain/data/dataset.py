@@ -1,0 +1,145 @@
+"""One split of a source under one view, and what happens to images that cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from beit_pretrain.data.decode import decode
+from beit_pretrain.data.sampler import Failure, Key, mix
+from beit_pretrain.data.sources import Source
+from beit_pretrain.data.transforms import Item, View
+from beit_pretrain.errors import DataError
+
+_HEADER = ("sample", "name", "reason")
+_LISTED = 10
+_HELD_OUT = 0x68656C64  # takes the place of the epoch in keys that must never change
+_logger = logging.getLogger(__name__)
+
+
+class BadImages:
+    """The unreadable images of one split: noted once each, and too many of them end the run.
+
+    Workers, ranks and restarts share what they know through the log (a CSV), so that the count is of distinct
+    images; without one each process counts its own.
+    """
+
+    def __init__(self, *, indices: np.ndarray, max_bad: float, log: Path | None) -> None:
+        self.indices = indices  # sorted
+        self.max_bad = max_bad
+        self.log = log
+        self.known: dict[int, tuple[str, str]] = {}
+
+    def note(self, sample: int, name: str, reason: str) -> None:
+        """Counts the image. Raises DataError once the share of bad ones is above `max_bad`."""
+        if sample in self.known:
+            return
+        reason = " ".join(reason.split())
+        _logger.warning("cannot read %s: %s", name, reason)
+        if self.log is not None:
+            self._read(self.log)
+            if sample not in self.known:
+                _append(self.log, (str(sample), name, reason))
+        self.known[sample] = (name, reason)
+        if len(self.known) > self.max_bad * len(self.indices):
+            raise DataError(self._story())
+
+    def _read(self, log: Path) -> None:
+        if not log.exists():
+            return
+        with log.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            for row in csv.reader(file):
+                # A line still being written, a second header and images of another split are passed over.
+                if len(row) == len(_HEADER) and row[0].isdecimal() and self._has(int(row[0])):
+                    self.known[int(row[0])] = (row[1], row[2])
+
+    def _has(self, sample: int) -> bool:
+        place = int(np.searchsorted(self.indices, sample))
+        return place < len(self.indices) and int(self.indices[place]) == sample
+
+    def _story(self) -> str:
+        bad = [f"{name} ({reason})" for _, (name, reason) in sorted(self.known.items())]
+        listed = ", ".join(bad[:_LISTED]) + (", ..." if len(bad) > _LISTED else "")
+        return (
+            f"{len(bad)} of {len(self.indices)} images cannot be read, more than the share data.max_bad="
+            f"{self.max_bad:g} allows: {listed}; mend or remove them, or raise data.max_bad"
+        )
+
+
+def _append(log: Path, row: Sequence[str]) -> None:
+    # One write to a file opened for appending: lines of several processes do not mix.
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        text = io.StringIO()
+        csv.writer(text).writerows([row] if os.fstat(descriptor).st_size else [_HEADER, row])
+        os.write(descriptor, text.getvalue().encode("utf-8", "surrogateescape"))
+    finally:
+        os.close(descriptor)
+
+
+class ViewDataset(Dataset[Item | Failure]):
+    """Samples of one split, seen through one view.
+
+    The key of a view is mix(seed, epoch, sample), of held-out views a constant in place of the epoch. An
+    image that cannot be read is replaced by the next readable one of the split, with that one's own number
+    and view.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Source,
+        indices: np.ndarray,
+        view: View,
+        seed: int,
+        held_out: bool,
+        max_bad: float,
+        bad_log: Path | None,
+    ) -> None:
+        self.source = source
+        self.indices = indices  # sorted
+        self.view = view
+        self.seed = seed
+        self.held_out = held_out
+        self.bad = BadImages(indices=indices, max_bad=max_bad, log=bad_log)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: Key) -> Item | Failure:
+        try:
+            image, sample = self._read(key.sample)
+        except DataError as error:
+            return Failure(str(error))
+        crops = self.view(image, mix(self.seed, _HELD_OUT if self.held_out else key.epoch, sample))
+        labels = self.source.labels
+        return Item(crops, sample, key.epoch, -1 if labels is None else int(labels[sample]))
+
+    def collate(self, items: Sequence[Item | Failure]) -> Any:
+        """The view's batch, or the first failure among the items."""
+        whole = [item for item in items if isinstance(item, Item)]
+        failed = [item for item in items if isinstance(item, Failure)]
+        return failed[0] if failed else self.view.collate(whole)
+
+    def _read(self, sample: int) -> tuple[Tensor, int]:
+        place = int(np.searchsorted(self.indices, sample))
+        for step in range(len(self.indices)):
+            candidate = int(self.indices[(place + step) % len(self.indices)])
+            try:
+                data = self.source.read(candidate)
+                return (decode(data) if isinstance(data, bytes) else data), candidate
+            except (DataError, OSError) as error:
+                reason = str(error)
+            self.bad.note(candidate, self.source.name(candidate), reason)
+        raise DataError(
+            f"none of the {len(self.indices)} images can be read; see {self.bad.log or 'the warnings'}"
+        )

@@ -1,0 +1,214 @@
+"""One data module over any source: splits, batch arithmetic, loaders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from torch import Generator
+from torch.utils.data import Sampler
+
+from beit_pretrain.data.dataset import ViewDataset
+from beit_pretrain.data.sampler import EvalBatches, Key, ResumableLoader, TrainBatches, choose
+from beit_pretrain.data.sources import Source
+from beit_pretrain.data.transforms import EvalView, View
+from beit_pretrain.errors import ConfigError
+
+_HELD_OUT_SALT = 0x76616C  # which samples are held out does not depend on the run's seed
+_SUBSET_SALT = 0x6B6E6E
+
+
+class BatchPlan(NamedTuple):
+    """How the global batch is split: batch_size = world * micro * accumulate."""
+
+    world: int
+    micro: int
+    accumulate: int
+
+
+class DataModule(LightningDataModule):
+    """Loaders over the train, val and test part of a source.
+
+    `batch_size` is global. Without splits of the source's own, `val_share` of the training images are held
+    out (by class where there are labels), chosen by a hash of each index alone. `limit_steps` shortens the
+    epoch.
+    """
+
+    # A rank may have no held-out sample at all when there are fewer of them than ranks.
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        *,
+        source: Source,
+        views: View,
+        eval_views: View,
+        batch_size: int,
+        micro_batch_size: int | None,
+        workers: int,
+        seed: int,
+        val_share: float = 0.02,
+        max_bad: float = 0.01,
+        bad_log: Path | None,
+        limit_steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check(batch_size, micro_batch_size, workers, val_share, max_bad)
+        self.source = source
+        self.views = views
+        self.eval_views = eval_views
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.workers = workers
+        self.seed = seed
+        self.max_bad = max_bad
+        self.bad_log = None if bad_log is None else Path(bad_log)
+        self.limit_steps = limit_steps
+        self.splits = _splits(source, val_share)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of one pass; what does not fill a last batch is left out that time."""
+        steps = len(self.splits["train"]) // self.batch_size
+        if steps == 0:
+            raise ConfigError(
+                f"batch_size={self.batch_size} is more than the {len(self.splits['train'])} training images; "
+                f"set batch_size to {len(self.splits['train'])} or less"
+            )
+        return steps if self.limit_steps is None else min(steps, self.limit_steps)
+
+    def plan(self, world_size: int) -> BatchPlan:
+        """The split of the global batch over `world_size` devices. ConfigError if it does not divide."""
+        batch, micro = self.batch_size, self.micro_batch_size
+        fitting = batch // world_size if micro is None else micro
+        if fitting and batch % (world_size * fitting) == 0:
+            return BatchPlan(world_size, fitting, batch // (world_size * fitting))
+        unit = world_size * (micro or 1)
+        advice = [f"batch_size={_nearest(batch, range(unit, batch + 2 * unit, unit))}"]
+        if micro is not None and batch % world_size == 0:
+            share = batch // world_size
+            divisors = [size for size in range(1, share + 1) if share % size == 0]
+            advice.append(f"micro_batch_size={_nearest(micro, divisors)}")
+        worlds = [world for world in range(1, batch + 1) if batch % (world * (micro or 1)) == 0]
+        if worlds:
+            advice.append(f"devices x nodes = {_nearest(world_size, worlds)}")
+        raise ConfigError(
+            f"batch_size={batch} (global) does not divide into {world_size} devices (trainer.devices x "
+            f"trainer.num_nodes) with micro_batch_size={'null' if micro is None else micro}; "
+            f"set {', or '.join(advice)}"
+        )
+
+    def train_dataloader(self) -> ResumableLoader:
+        rank, world = self._place()
+        batches = TrainBatches(
+            indices=self.splits["train"],
+            batch_size=self.batch_size,
+            micro_batch_size=self.plan(world).micro,
+            rank=rank,
+            world_size=world,
+            seed=self.seed,
+            steps_per_epoch=self.steps_per_epoch,
+            position=lambda: self.trainer.global_step if self.trainer else 0,
+        )
+        return self._loader(self._dataset("train", self.views), batches, keep_workers=True)
+
+    def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
+        """The held-out samples, each once, with fixed views; an empty list if none are held out."""
+        if "val" not in self.splits:
+            return []
+        rank, world = self._place()
+        batches = EvalBatches(
+            indices=self.splits["val"], batch_size=self.plan(world).micro, rank=rank, world_size=world
+        )
+        return self._loader(self._dataset("val", self.eval_views, held_out=True), batches, keep_workers=True)
+
+    def labelled(
+        self, split: str, image_size: tuple[int, int], limit: int | None, crop_pct: float = 1.0
+    ) -> ResumableLoader | None:
+        """Batches of at most `limit` labelled images of a split, in order, the whole of it on every rank.
+
+        The classes keep their proportions and the choice is the same in every run. None without such a
+        split or without labels.
+        """
+        labels = self.source.labels
+        if labels is None or split not in self.splits:
+            return None
+        known = self.splits[split][labels[self.splits[split]] >= 0]
+        if len(known) == 0:
+            return None
+        chosen = known if limit is None else choose(known, limit, _SUBSET_SALT, labels)
+        view = EvalView(image_size=image_size, crop_pct=crop_pct)
+        batches = EvalBatches(indices=chosen, batch_size=self.plan(self._place()[1]).micro)
+        return self._loader(self._dataset(split, view, held_out=True), batches, keep_workers=False)
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _dataset(self, split: str, view: View, *, held_out: bool = False) -> ViewDataset:
+        return ViewDataset(
+            source=self.source,
+            indices=self.splits[split],
+            view=view,
+            seed=self.seed,
+            held_out=held_out,
+            max_bad=self.max_bad,
+            bad_log=self.bad_log,
+        )
+
+    def _loader(
+        self, dataset: ViewDataset, batches: Sampler[list[Key]], *, keep_workers: bool
+    ) -> ResumableLoader:
+        return ResumableLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=self.workers,
+            collate_fn=dataset.collate,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            persistent_workers=keep_workers and self.workers > 0,
+            # A loader draws a base seed for its workers whenever it is iterated: not from the global
+            # generator, or a validation in between would change the training.
+            generator=Generator().manual_seed(self.seed),
+        )
+
+
+def _splits(source: Source, val_share: float) -> dict[str, np.ndarray]:
+    splits = {
+        name: np.asarray(indices, dtype=np.int64) for name, indices in source.splits.items() if len(indices)
+    }
+    train = splits.get("train")
+    if train is None:
+        train = np.setdiff1d(np.arange(len(source)), np.concatenate([[], *splits.values()]).astype(np.int64))
+    if "val" not in splits:
+        count = math.ceil(val_share * len(train)) if len(train) > 1 else 0
+        if count:
+            splits["val"] = choose(train, count, _HELD_OUT_SALT, source.labels)
+            train = np.setdiff1d(train, splits["val"])
+    return splits | {"train": train}
+
+
+def _nearest(value: int, options: Iterable[int]) -> str:
+    """The options on either side of a value, in words."""
+    options = list(options)
+    below = max((option for option in options if option <= value), default=None)
+    above = min((option for option in options if option > value), default=None)
+    return " or ".join(str(option) for option in (below, above) if option is not None)
+
+
+def _check(batch: int, micro: int | None, workers: int, val_share: float, max_bad: float) -> None:
+    faults = []
+    if batch < 1:
+        faults.append(f"batch_size={batch}: set 1 or more")
+    if micro is not None and micro < 1:
+        faults.append(f"micro_batch_size={micro}: set 1 or more, or null for as many as fit the batch")
+    if workers < 0:
+        faults.append(f"data.workers={workers}: set 0 (load in the training process) or more")
+    if not 0 <= val_share < 1:
+        faults.append(f"data.val_share={val_share}: set a share from 0 (no held-out images) to below 1")
+    if not 0 <= max_bad <= 1:
+        faults.append(f"data.max_bad={max_bad}: set a share from 0 to 1")
+    if faults:
+        raise ConfigError(faults)

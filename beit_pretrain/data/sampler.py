@@ -1,0 +1,176 @@
+"""Order is arithmetic: which sample comes when is computed from the seed and the step, never remembered.
+
+Letters: n samples in the split, g global optimiser step, r rank of W, m micro-batch of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import DataLoader, Sampler
+
+from beit_pretrain.errors import DataError
+
+_WORD = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_ORDER = 0x6F72646572  # salt of epoch orders, so that they share no draw with the views
+
+
+class Key(NamedTuple):
+    """One item of a batch. The epoch travels with the sample, so persistent workers need no `set_epoch`."""
+
+    sample: int
+    epoch: int
+
+
+class Failure(NamedTuple):
+    """What a worker sends instead of a batch when the run has to end."""
+
+    message: str
+
+
+def mix(*values: int) -> int:
+    """A 64-bit hash of small integers, the one source of keys: SplitMix64 (Steele et al. 2014), chained."""
+    state = 0
+    for value in values:
+        state = ((state ^ (value & _WORD)) + _GOLDEN) & _WORD
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
+        state ^= state >> 31
+    return state
+
+
+def hashes(values: np.ndarray, *salt: int) -> np.ndarray:
+    """`mix(*salt, value)` of every value at once, (n,) uint64. One-to-one: distinct values never collide."""
+    state = values.astype(np.uint64)
+    if salt:
+        state ^= np.uint64(mix(*salt))
+    state += np.uint64(_GOLDEN)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of range(n) for one epoch, (n,) int64.
+
+    Sorted by hash rather than drawn from a library's generator, whose stream may change with its version.
+    """
+    return np.argsort(hashes(np.arange(n), seed, _ORDER, epoch))
+
+
+def choose(indices: np.ndarray, count: int, salt: int, labels: np.ndarray | None = None) -> np.ndarray:
+    """`count` of `indices`, sorted; by class in proportion, given the `labels` of the whole source.
+
+    Each sample's rank is a hash of its own index, so the choice does not depend on the order of the others.
+    Seats of the classes go by largest remainder (smaller class number first among equals).
+    """
+    ranked = indices[np.argsort(hashes(indices, salt))]
+    if labels is None:
+        return np.sort(ranked[:count])
+    classes, sizes = np.unique(labels[indices], return_counts=True)
+    count = min(count, len(indices))
+    shares = count * sizes / max(1, len(indices))
+    seats = np.floor(shares).astype(int)
+    left = count - int(seats.sum())
+    seats[np.argsort(seats - shares, kind="stable")[:left]] += 1
+    mine = labels[ranked]
+    parts = [ranked[mine == label][:seat] for label, seat in zip(classes, seats, strict=True)]
+    return np.sort(np.concatenate(parts)) if parts else indices[:0]
+
+
+class TrainBatches(Sampler[list[Key]]):
+    """This rank's micro-batches from the current step to the end of its epoch.
+
+    Step s of an epoch uses rows s*batch_size onward of that epoch's order; micro-batch m of rank r takes
+    rows (m*W + r)*micro_batch_size of those. `position` gives the optimiser step g and is read whenever an
+    iteration begins, so a run that starts again anywhere goes on with exactly the remaining keys.
+    """
+
+    def __init__(
+        self,
+        *,
+        indices: np.ndarray,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        steps_per_epoch: int,
+        position: Callable[[], int],
+    ) -> None:
+        assert batch_size % (micro_batch_size * world_size) == 0
+        assert 0 < steps_per_epoch <= len(indices) // batch_size
+        self.indices = indices
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.steps_per_epoch = steps_per_epoch
+        self.accumulate = batch_size // (micro_batch_size * world_size)
+        self.position = position
+
+    def __len__(self) -> int:
+        """Micro-batches of a whole epoch, wherever the next iteration begins."""
+        return self.steps_per_epoch * self.accumulate
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        # Not a generator itself: the position is that of the call, not of the first `next`.
+        epoch, start = divmod(self.position(), self.steps_per_epoch)
+        return self._batches(epoch, start)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[list[Key]]:
+        order = self.indices[epoch_order(len(self.indices), self.seed, epoch)]
+        micro = self.micro_batch_size
+        for step in range(start, self.steps_per_epoch):
+            for m in range(self.accumulate):
+                row = step * self.batch_size + (m * self.world_size + self.rank) * micro
+                yield [Key(sample, epoch) for sample in order[row : row + micro].tolist()]
+
+
+class EvalBatches(Sampler[list[Key]]):
+    """Every sample exactly once over any number of ranks: rank r takes indices r::W, nothing is padded.
+
+    Ranks get equally many batches (of sizes that differ by at most one) wherever there are samples enough,
+    because a wrapped model may talk to the other ranks in each forward pass.
+    """
+
+    def __init__(self, *, indices: np.ndarray, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.share = indices[rank::world_size]
+        largest = -(-len(indices) // world_size)
+        self.batches = min(-(-largest // batch_size), len(self.share))
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        if self.batches == 0:
+            return
+        for part in np.array_split(self.share, self.batches):
+            yield [Key(sample, 0) for sample in part.tolist()]
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader whose position is a function of the step: there is nothing to store.
+
+    A failure that a worker met is raised here as one line; the loader's own transport would wrap it in a
+    traceback.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
+
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return map(_raise_failure, super().__iter__())
+
+
+def _raise_failure(batch: Any) -> Any:
+    if isinstance(batch, Failure):
+        raise DataError(batch.message)
+    return batch

@@ -1,0 +1,91 @@
+"""Where images come from: the contract, and the embedded digits."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from beit_pretrain.data.sampler import choose
+
+_DIGITS_TEST = 397
+_DIGITS_VAL = 280
+_DIGITS_SALT = 0x646967697473  # fixes the splits for good, whatever the run's seed
+
+
+class Source(ABC):
+    """Images by number.
+
+    `labels` is (n,) int64 with -1 for unknown, or None; `splits` maps train, val and test to sorted indices
+    and may lack any of them: what is missing is made from what is there.
+    """
+
+    labels: np.ndarray | None = None
+    class_names: list[str] | None = None
+    splits: Mapping[str, np.ndarray] = {}
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, index: int) -> bytes | Tensor:
+        """The image file's bytes, or its pixels (3, H, W) uint8. OSError or DataError if it cannot be had."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call the image in a message: its path where it has one."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of which images these are and in which order, equal in every process."""
+
+
+class Digits(Source):
+    """scikit-learn's 1,797 handwritten digits (UCI optdigits), 8x8 grey, as 32x32 RGB.
+
+    397 are the test set, 280 of the rest for validation, 1,120 to train on; each part holds the ten classes
+    in proportion.
+    """
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits  # a second of import time that no other source needs
+
+        pixels, labels = load_digits(return_X_y=True)
+        small = torch.from_numpy(pixels).to(torch.float32).view(-1, 1, 8, 8)  # (n, 1, 8, 8) from 0 to 16
+        large = functional.interpolate(small * (255 / 16), size=(32, 32), mode="bicubic", align_corners=False)
+        self.images = large.round_().clamp_(0, 255).to(torch.uint8).repeat(1, 3, 1, 1)  # (n, 3, 32, 32)
+        digits = labels.astype(np.int64)
+        self.labels = digits
+        self.class_names = [str(digit) for digit in range(10)]
+        everything = np.arange(len(digits))
+        test = choose(everything, _DIGITS_TEST, _DIGITS_SALT, digits)
+        rest = np.setdiff1d(everything, test)
+        val = choose(rest, _DIGITS_VAL, _DIGITS_SALT, digits)
+        self.splits = {"train": np.setdiff1d(rest, val), "val": val, "test": test}
+        self._hash = digest("digits", pixels.astype(np.uint8).tobytes(), digits.tobytes())
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def name(self, index: int) -> str:
+        return f"digit {index}"
+
+    def fingerprint(self) -> str:
+        return self._hash
+
+
+def digest(*parts: str | bytes) -> str:
+    """SHA-256 over the parts, each with its length in front."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()

@@ -1,0 +1,273 @@
+"""Views: what becomes of an image, as a pure function of (image, key); and the batches they are stacked into.
+
+Letters: B images, N = rows * cols patches, (H, W) an image's own size, (S, S') the encoder's view, (T, T')
+the tokenizer's view.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torchvision
+from packaging.version import Version
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from beit_pretrain.data.jitter import apply_jitter, draw_jitter
+from beit_pretrain.data.sampler import mix
+from beit_pretrain.errors import ConfigError
+from beit_pretrain.masking import MaskGenerator
+
+Interpolation = Literal["bicubic", "lanczos"]
+
+# Since 0.29 torchvision resizes uint8 tensors on the CPU by Lanczos; before, Pillow has to. They differ by
+# a level here and there, so a checkpoint records which one made its pictures.
+_LANCZOS_TENSORS = Version(torchvision.__version__) >= Version("0.29")
+RESIZE_IMPLEMENTATION = (
+    f"torchvision {Version(torchvision.__version__).base_version} uint8 antialias, "
+    f"lanczos by {'torchvision' if _LANCZOS_TENSORS else 'pillow'}"
+)
+_MASK_SALT = 1
+
+
+class Crops(NamedTuple):
+    """What a view makes of one image; None where a view has no such part."""
+
+    image: Tensor  # (3, S, S') uint8
+    token_image: Tensor | None = None  # (3, T, T') uint8
+    mask: Tensor | None = None  # (N,) bool, True = hidden
+
+
+class Item(NamedTuple):
+    """One sample on its way into a batch."""
+
+    crops: Crops
+    sample: int
+    view: int
+    label: int
+
+
+class PretrainBatch(NamedTuple):
+    """A batch of masked image modelling."""
+
+    image: Tensor  # (B, 3, S, S') uint8
+    token_image: Tensor | None  # (B, 3, T, T') uint8; exactly one of token_image and ids is set
+    ids: Tensor | None  # (B, N) int, from a token cache
+    mask: Tensor  # (B, N) bool, True = hidden
+    sample: Tensor  # (B,) int64, index in the data set
+    view: Tensor  # (B,) int64, which deterministic view of it
+    jitter: Tensor | None  # (B, K) float32; None: already applied
+
+
+class ImageBatch(NamedTuple):
+    """A batch of plain images."""
+
+    image: Tensor  # (B, 3, S, S') uint8
+    label: Tensor  # (B,) int64, -1 = unknown
+    sample: Tensor  # (B,) int64, index in the data set
+    view: Tensor  # (B,) int64, which deterministic view of it
+
+
+class View(Protocol):
+    """From an image (3, H, W) uint8 and a 64-bit key to its crops, and from items to a batch."""
+
+    def __call__(self, image: Tensor, key: int) -> Crops: ...
+
+    def collate(self, items: Sequence[Item]) -> PretrainBatch | ImageBatch: ...
+
+
+class Box(NamedTuple):
+    """A rectangle of an image in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def resize(image: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    """Image (3, h, w) uint8 as (3, *size) uint8, antialiased."""
+    if interpolation == "lanczos" and not _LANCZOS_TENSORS:
+        return _resize_pillow(image, size)
+    return functional.resize(image, list(size), InterpolationMode(interpolation), antialias=True)
+
+
+def _resize_pillow(image: Tensor, size: tuple[int, int]) -> Tensor:
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    resized = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+
+def crop_box(
+    rng: random.Random, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
+) -> Box:
+    """A random box of an image of `size`: share of the area in `scale`, width / height in `ratio`.
+
+    The ratio is uniform in its logarithm. Ten tries that stick out give the central box with the nearest
+    ratio (Inception's crop, Szegedy et al. 2015; the distribution of torchvision's RandomResizedCrop).
+    """
+    height, width = size
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = math.exp(low + (high - low) * rng.random())
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.random() * (height - h + 1)), int(rng.random() * (width - w + 1))
+            return Box(top, left, h, w)
+    h = height if width / height >= ratio[0] else max(1, round(width / ratio[0]))
+    w = width if width / height <= ratio[1] else max(1, round(height * ratio[1]))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+class _Cutter:
+    """One random crop of an image, jittered in colour and flipped, at its own size."""
+
+    def __init__(
+        self, crop_scale: Sequence[float], crop_ratio: Sequence[float], flip: float, jitter: float
+    ) -> None:
+        faults = []
+        for name, pair, most in (("crop_scale", crop_scale, 1.0), ("crop_ratio", crop_ratio, math.inf)):
+            if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
+                limit = " and at most 1" if most == 1.0 else ""
+                faults.append(f"{name}={list(pair)}: set two numbers, lower one first, above 0{limit}")
+        if not 0 <= flip <= 1:
+            faults.append(f"flip={flip}: set a probability from 0 to 1")
+        if jitter < 0:
+            faults.append(f"jitter={jitter}: set 0 (none) or more")
+        if faults:
+            raise ConfigError(faults)
+        self.scale = (crop_scale[0], crop_scale[1])
+        self.ratio = (crop_ratio[0], crop_ratio[1])
+        self.flip = flip
+        self.jitter = jitter
+
+    def __call__(self, image: Tensor, key: int) -> Tensor:
+        rng = random.Random(key)
+        top, left, height, width = crop_box(rng, (image.shape[1], image.shape[2]), self.scale, self.ratio)
+        crop = image[:, top : top + height, left : left + width]  # (3, h, w)
+        flipped = rng.random() < self.flip
+        # Drawn last, so that another strength leaves boxes and flips as they are.
+        if self.jitter:
+            crop = apply_jitter(crop, image, draw_jitter(rng, self.jitter))
+        return crop.flip(-1) if flipped else crop
+
+
+class TwoViews:
+    """The pre-training view: ONE crop box cut at two sizes, for encoder and tokenizer, and a mask.
+
+    BEiT paper, Appendix (hyperparameters of pre-training): colour jitter, flip, random resized crop;
+    bicubic for the encoder, Lanczos for the DALL-E tokenizer. No `token_image_size` leaves the second view
+    out.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        token_image_size: tuple[int, int] | None,
+        mask: MaskGenerator,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        jitter: float = 0.4,
+        token_interpolation: Interpolation = "lanczos",
+    ) -> None:
+        if token_interpolation not in ("lanczos", "bicubic"):
+            raise ConfigError(f"token_interpolation={token_interpolation}: set lanczos or bicubic")
+        self.image_size = _pair(image_size)
+        self.token_image_size = None if token_image_size is None else _pair(token_image_size)
+        self.mask = mask
+        self.cut = _Cutter(crop_scale, crop_ratio, flip, jitter)
+        self.token_interpolation: Interpolation = token_interpolation
+
+    def __call__(self, image: Tensor, key: int) -> Crops:
+        crop = self.cut(image, key)  # (3, h, w)
+        small = resize(crop, self.image_size, "bicubic")  # (3, S, S')
+        token = None
+        if self.token_image_size is not None:
+            token = resize(crop, self.token_image_size, self.token_interpolation)  # (3, T, T')
+        hidden = self.mask(mix(key, _MASK_SALT))  # (rows, cols)
+        return Crops(small, token, torch.from_numpy(hidden).flatten())
+
+    def collate(self, items: Sequence[Item]) -> PretrainBatch:
+        token = _stack([item.crops.token_image for item in items])
+        mask = _stack([item.crops.mask for item in items])
+        assert mask is not None
+        image = torch.stack([item.crops.image for item in items])
+        return PretrainBatch(image, token, None, mask, *_numbers(items), None)
+
+
+class OneView:
+    """A random crop at one size, as a tokenizer is trained on."""
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        jitter: float = 0.0,
+    ) -> None:
+        self.image_size = _pair(image_size)
+        self.cut = _Cutter(crop_scale, crop_ratio, flip, jitter)
+
+    def __call__(self, image: Tensor, key: int) -> Crops:
+        return Crops(resize(self.cut(image, key), self.image_size, "bicubic"))  # (3, S, S')
+
+    def collate(self, items: Sequence[Item]) -> ImageBatch:
+        return _image_batch(items)
+
+
+class EvalView:
+    """The centre of an image, resized until it just covers image_size / crop_pct; nothing is random."""
+
+    def __init__(self, *, image_size: tuple[int, int], crop_pct: float = 0.875) -> None:
+        if not 0 < crop_pct <= 1:
+            raise ConfigError(f"crop_pct={crop_pct}: set a share of the image above 0 and at most 1")
+        self.image_size = _pair(image_size)
+        # The small term keeps 224 / 0.875 at 256, whatever the last bit of the quotient.
+        self.cover = tuple(math.floor(side / crop_pct + 1e-6) for side in image_size)
+
+    def __call__(self, image: Tensor, key: int) -> Crops:
+        del key
+        (height, width), (rows, cols) = image.shape[1:], self.cover
+        if rows * width >= cols * height:  # the height binds
+            covering = rows, rows * width // height
+        else:
+            covering = cols * height // width, cols
+        resized = resize(image, covering, "bicubic")
+        top = round((covering[0] - self.image_size[0]) / 2)
+        left = round((covering[1] - self.image_size[1]) / 2)
+        return Crops(resized[:, top : top + self.image_size[0], left : left + self.image_size[1]])
+
+    def collate(self, items: Sequence[Item]) -> ImageBatch:
+        return _image_batch(items)
+
+
+def _pair(size: Sequence[int]) -> tuple[int, int]:
+    rows, cols = size
+    return rows, cols
+
+
+def _image_batch(items: Sequence[Item]) -> ImageBatch:
+    label = torch.tensor([item.label for item in items], dtype=torch.int64)
+    return ImageBatch(torch.stack([item.crops.image for item in items]), label, *_numbers(items))
+
+
+def _numbers(items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+    sample = torch.tensor([item.sample for item in items], dtype=torch.int64)
+    return sample, torch.tensor([item.view for item in items], dtype=torch.int64)
+
+
+def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return torch.stack(given) if given else None

@@ -1,0 +1,33 @@
+"""What can go wrong through no fault of the code: the command line prints these without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class BeitError(Exception):
+    """A mistake that a user can mend: says what was given, what was needed and what to set."""
+
+
+class ConfigError(BeitError):
+    """One or more faults in the configuration, found before anything was built."""
+
+    def __init__(self, faults: Sequence[str] | str) -> None:
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class DataError(BeitError):
+    """Images, labels or folders that cannot be used."""
+
+
+class CheckpointError(BeitError):
+    """A file that is no checkpoint, or not the one that is needed."""
+
+
+class DownloadError(BeitError):
+    """A file that could not be fetched, or arrived damaged."""
+
+
+class TrainingError(BeitError):
+    """A run that cannot go on, such as one whose loss stays NaN."""

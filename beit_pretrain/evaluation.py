@@ -1,0 +1,226 @@
+"""Measures of what a model has learnt: neighbours in feature space, masked prediction, and its baselines.
+
+Legend: B images, N patches, V vocabulary, M hidden patches of an image, T hidden patches of a batch;
+S supporting images, Q queried images, D width, K neighbours, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit_pretrain.errors import ConfigError
+
+_SIMILARITIES = 2**24  # similarities held at once: 64 MiB of float32
+
+
+@torch.no_grad()
+def knn_predict(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    classes: int,
+) -> Tensor:
+    """The class (Q,) that the `k` nearest supporting images vote for, by cosine similarity.
+
+    support (S, D), support_labels (S,), query (Q, D). A neighbour of similarity s weighs exp(s / temperature)
+    (Wu et al., 2018, arXiv 1805.01978, Sec. 3.4); of equal classes the lowest wins.
+    Raises ConfigError when there are fewer than `k` supporting images.
+    """
+    if not 1 <= k <= len(support):
+        raise ConfigError(
+            f"k is {k} nearest neighbours, but the labelled subset holds {len(support)} images: "
+            f"set k between 1 and {len(support)}, or label more images"
+        )
+    votes: list[Tensor] = []
+    with torch.autocast(
+        support.device.type, enabled=False
+    ):  # a half-precision product would reorder neighbours
+        support = F.normalize(support.float(), dim=1)  # (S, D)
+        for part in query.split(max(1, _SIMILARITIES // len(support))):
+            similarity = F.normalize(part.float(), dim=1) @ support.T  # (Q, S)
+            nearest, index = similarity.topk(k, dim=1)  # (Q, K)
+            labels = support_labels.to(index.device)[index]  # (Q, K)
+            # On the CPU, in float64 (not every accelerator has it): the sums then hang on no order of adding.
+            weight = ((nearest - nearest[:, :1]).cpu().double() / temperature).exp()
+            score = weight.new_zeros(len(part), classes).scatter_add_(
+                1, labels.cpu().long(), weight
+            )  # (Q, C)
+            votes.append(score.argmax(dim=1))
+    return torch.cat(votes).to(query.device)
+
+
+def knn_accuracy(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    classes: int,
+) -> float:
+    """The share of queries whose class `knn_predict` finds."""
+    found = knn_predict(support, support_labels, query, k=k, temperature=temperature, classes=classes)
+    return (found == query_labels.to(found.device)).double().mean().item()
+
+
+def entropy(counts: Tensor) -> Tensor:
+    """The entropy in nats of the distributions counted along the last dimension, (..., V) -> (...).
+
+    NaN where nothing was counted. The estimate is the plug-in one, which is below the true entropy as long as
+    few ids have been seen for each entry of the vocabulary.
+    """
+    share = counts.double() / counts.sum(-1, keepdim=True)
+    return torch.special.entr(share).sum(-1)
+
+
+def perplexity(ids: Tensor, vocabulary: int) -> Tensor:
+    """How many ids are in use, as exp(entropy) of the given ids: between 1 and `vocabulary`."""
+    return entropy(torch.bincount(ids.flatten(), minlength=vocabulary)).exp()
+
+
+class UnigramCounts(nn.Module):
+    """How often each id was seen at each patch: what a model that sees no picture could know of the ids.
+
+    A step first notes the ids of its micro-batches and then either commits them or, when it is refused, drops
+    them without a trace. Committed ids stay on their rank until `merge_ranks`, which all ranks must call
+    before `baselines` and before a checkpoint is written.
+    """
+
+    counts: Tensor
+
+    def __init__(self, *, patches: int, vocabulary: int) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(patches, vocabulary, dtype=torch.int64))  # (N, V)
+        # Neither is a buffer: DDP overwrites buffers with those of rank 0 before each forward.
+        self._local: Tensor | None = None  # (N, V), committed on this rank since the last merge
+        self._pending: list[Tensor] = []
+
+    def note(self, ids: Tensor) -> None:
+        """Keeps the ids (B, N) of a micro-batch until the step is decided."""
+        patches, vocabulary = self.counts.shape
+        if ids.ndim != 2 or ids.shape[1] != patches:
+            raise ValueError(
+                f"ids must have shape (B, N={patches}) for {vocabulary} ids, got {tuple(ids.shape)}"
+            )
+        self._pending.append(ids.detach())
+
+    def commit(self) -> None:
+        """Counts what was noted; the step was taken."""
+        patches, vocabulary = self.counts.shape
+        if self._local is None:
+            self._local = torch.zeros_like(self.counts)
+        first = torch.arange(patches, device=self.counts.device) * vocabulary  # (N,)
+        for ids in self._pending:
+            entries = (ids.to(first) + first).flatten()  # (B * N,)
+            self._local.view(-1).scatter_add_(0, entries, torch.ones_like(entries))
+        self._pending.clear()
+
+    def drop(self) -> None:
+        """Forgets what was noted; the step was refused."""
+        self._pending.clear()
+
+    def merge_ranks(self) -> None:
+        """Adds what every rank has committed since the last merge to `counts`, equal on all ranks."""
+        local = torch.zeros_like(self.counts) if self._local is None else self._local
+        self.counts += _sum_over_ranks(local)
+        self._local = None
+
+    def baselines(self) -> dict[str, float]:
+        """Loss (nats) and accuracy of always giving the counted shares, per patch and over the whole grid.
+
+        The loss is the mean entropy, the accuracy the mean share of the most frequent id. Both come from the
+        very ids that they describe and so err on the side of the baseline.
+        """
+        together = self.counts.sum(0)  # (V,)
+        return {
+            "loss_position": entropy(self.counts).mean().item(),
+            "accuracy_position": _top_share(self.counts).mean().item(),
+            "loss_global": entropy(together).item(),
+            "accuracy_global": _top_share(together).item(),
+        }
+
+
+class MaskedScore:
+    """Loss and accuracy on hidden patches over a whole validation epoch, with standard errors over images.
+
+    The mean is over hidden patches of all ranks, however they fall into batches. Patches of one image are not
+    independent, so the standard errors take the image as the unit: with x_i the sum and n_i the number of
+    hidden patches of image i, R = sum x / sum n and
+    se^2 = I / (I - 1) * sum (x_i - R n_i)^2 / (sum n)^2   (ratio estimator; Cochran, 1977, ch. 6).
+    """
+
+    def __init__(self) -> None:
+        self._images: list[Tensor] = []  # each (3, B): loss, correct, hidden patches
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, targets: Tensor, mask: Tensor) -> None:
+        """Adds a batch: logits (T, V) and targets (T,) at the patches that mask (B, N) hides, in order."""
+        hidden = mask.flatten(1).sum(1)  # (B,)
+        loss = F.cross_entropy(logits.float(), targets, reduction="none")  # (T,)
+        correct = (logits.argmax(-1) == targets).to(loss)  # (T,)
+        image = torch.arange(len(mask), device=mask.device)
+        image = image.repeat_interleave(hidden, output_size=len(targets))  # (T,)
+        sums = loss.new_zeros(3, len(mask))
+        sums[0].index_add_(0, image, loss)
+        sums[1].index_add_(0, image, correct)
+        sums[2] = hidden
+        self._images.append(sums)
+
+    def reset(self) -> None:
+        """Forgets all batches."""
+        self._images.clear()
+
+    def result(self) -> dict[str, float]:
+        """loss (nats), accuracy, loss_se, accuracy_se, images, tokens over all ranks, which must all ask.
+
+        Without a hidden patch everything but the numbers is NaN, with a single image the standard errors are.
+        """
+        images = torch.cat(
+            [torch.zeros(3, 0), *(sums.cpu() for sums in self._images)], dim=1
+        ).double()  # (3, I)
+        totals = torch.cat([torch.tensor([images.shape[1]]), images.sum(1), (images @ images.T).flatten()])
+        total, *moments = _sum_over_ranks(totals).tolist()
+        (loss, correct, tokens), products = moments[:3], moments[3:]
+        loss_se = _ratio_error(total, loss, tokens, products[0], products[2], products[8])
+        accuracy_se = _ratio_error(total, correct, tokens, products[4], products[5], products[8])
+        return {
+            "loss": loss / tokens if tokens else math.nan,
+            "accuracy": correct / tokens if tokens else math.nan,
+            "loss_se": loss_se,
+            "accuracy_se": accuracy_se,
+            "images": int(total),
+            "tokens": int(tokens),
+        }
+
+
+def _ratio_error(images: float, x: float, n: float, xx: float, xn: float, nn: float) -> float:
+    """Standard error of x / n from the sums over images of x_i, n_i, x_i^2, x_i n_i and n_i^2."""
+    if images < 2 or not n:
+        return math.nan
+    ratio = x / n
+    residuals = max(0.0, xx - 2 * ratio * xn + ratio**2 * nn)  # rounding may leave it just below zero
+    return math.sqrt(images / (images - 1) * residuals) / n
+
+
+def _top_share(counts: Tensor) -> Tensor:
+    """The share of the most frequent entry, (..., V) -> (...)."""
+    return counts.amax(-1).double() / counts.sum(-1)
+
+
+def _sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of `value` over all ranks, or `value` itself in a single process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    # NCCL carries tensors of the GPU only, and not every rank need have one at hand.
+    total = value.cuda() if dist.get_backend() == "nccl" else value.clone()
+    dist.all_reduce(total)
+    return total.to(value.device)

@@ -1,0 +1,199 @@
+"""Which charts a run has: one function for each, None where the run logged nothing of the kind."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+
+from beit_pretrain.report.curves import Chart, Level, Line
+from beit_pretrain.report.folder import Run, Series, number, rows
+
+
+def run_charts(run: Run) -> list[Chart]:
+    """The charts of training, in the order of the page."""
+    made = (loss(run), accuracy(run), reconstruction(run), divergence(run), temperature(run), perplexity(run))
+    made += (codebook(run), knn_while_training(run), learning_rate(run), gradient_norm(run))
+    return [chart for chart in (*made, speed(run), waiting(run)) if chart is not None]
+
+
+def loss(run: Run) -> Chart | None:
+    """Training and held-out loss beside what a model without pictures reaches."""
+    lines = _both(run, "loss")
+    if not lines:
+        return None
+    note = "masked cross-entropy, nats" if run.stage == "pretrain" else ""
+    more, levels = _baselines(run, "loss")
+    return Chart(title="Loss", lines=lines + more, levels=levels, note=note)
+
+
+def accuracy(run: Run) -> Chart | None:
+    """Training and held-out accuracy beside the share of the most frequent ids."""
+    lines = _both(run, "accuracy")
+    if not lines:
+        return None
+    more, levels = _baselines(run, "accuracy")
+    note = "masked tokens whose id is predicted" if run.stage == "pretrain" else ""
+    return Chart(title="Accuracy", lines=lines + more, levels=levels, percent=True, note=note)
+
+
+def reconstruction(run: Run) -> Chart | None:
+    lines = [
+        *_line(run, "train/recon", "training", smooth=True),
+        *_line(run, "val/recon", "held-out", colour="heldout", markers=True),
+    ]
+    return Chart(title="Reconstruction loss", lines=lines) if lines else None
+
+
+def divergence(run: Run) -> Chart | None:
+    lines = _line(run, "train/kl", "training", smooth=True)
+    return Chart(title="KL to uniform", lines=lines, note="nats") if lines else None
+
+
+def temperature(run: Run) -> Chart | None:
+    lines = _line(run, "train/temperature", "Gumbel-softmax temperature")
+    return Chart(title="Temperature", lines=lines) if lines else None
+
+
+def perplexity(run: Run) -> Chart | None:
+    lines = _line(run, "train/perplexity", "training", smooth=True)
+    return Chart(title="Perplexity of the ids", lines=lines, zero=True) if lines else None
+
+
+def codebook(run: Run) -> Chart | None:
+    lines = _line(run, "train/codebook_use", "codes in use", smooth=True)
+    return Chart(title="Codebook use", lines=lines, percent=True, zero=True) if lines else None
+
+
+def knn_while_training(run: Run) -> Chart | None:
+    """kNN accuracy of every block over the steps; the block that ends best stands out."""
+    found = {int(name[len("knn/block_") :]): run.metrics[name] for name in run.metrics if _is_block(name)}
+    if not found or max(len(series.value) for series in found.values()) < 2:
+        return None
+    best = max(found, key=lambda block: found[block].last)
+    lines = [
+        Line(label=f"block {block}", series=series, colour="faint", quiet=True)
+        for block, series in sorted(found.items())
+        if block != best
+    ]
+    lines.append(Line(label=f"block {best}", series=found[best], markers=True))
+    return Chart(
+        title="kNN while training", lines=lines, percent=True, note="held-out; grey: the other blocks"
+    )
+
+
+def learning_rate(run: Run) -> Chart | None:
+    """The largest lr of any parameter group and, with layer decay, the smallest."""
+    top, low = (_line(run, name, "") for name in ("train/lr", "train/lr_min"))
+    if not top:
+        return None
+    if not low or np.array_equal(low[0].series.value, top[0].series.value):
+        return Chart(title="Learning rate", lines=[_named(top[0], "all groups, peak")], zero=True)
+    lines = [_named(top[0], "largest of the groups, peak"), _named(low[0], "smallest, peak", "third")]
+    peaks = [line.number or 0.0 for line in lines]
+    wide = peaks[0] > 20 * peaks[1] > 0  # on a linear axis the smallest would lie on the floor
+    return Chart(title="Learning rate", lines=lines, log=wide, zero=not wide)
+
+
+def gradient_norm(run: Run) -> Chart | None:
+    """On a logarithmic axis once spikes would hide everything else."""
+    line = _typical(run.metrics.get("train/grad_norm"))
+    if line is None:
+        return None
+    values = line.series.value
+    spiky = bool(values.min() > 0 and values.max() > 20 * np.median(values))
+    return Chart(title="Gradient norm", lines=[line], log=spiky, zero=not spiky, note="before clipping")
+
+
+def speed(run: Run) -> Chart | None:
+    line = _typical(run.timing.get("images_per_second"))
+    return None if line is None else Chart(title="Images per second", lines=[line], zero=True)
+
+
+def waiting(run: Run) -> Chart | None:
+    line = _typical(run.timing.get("data_wait_share"))
+    if line is None:
+        return None
+    return Chart(title="Waiting for data", lines=[line], percent=True, zero=True, note="share of the time")
+
+
+def knn_by_block(run: Run) -> Chart | None:
+    """Final kNN accuracy along the depth, with the untrained encoder and raw pixels to compare with."""
+    source = run.path / "results.json"
+    knn = run.section("knn")
+    best = number(knn, "best_block", source)
+    blocks = [block for block in rows(knn, "blocks", source) if isinstance(block, dict)]
+    lines = []
+    for key, label, colour in (("val", "validation", "heldout"), ("test", "test", "training")):
+        points = [(number(block, "block", source), number(block, key, source)) for block in blocks]
+        known = {at: value for at, value in points if at is not None and value is not None}
+        if known:
+            series = Series(np.array(list(known)), np.array(list(known.values())))
+            chosen = None if best is None else known.get(best)
+            lines.append(Line(label=label, series=series, colour=colour, markers=True, number=chosen))
+    if not lines:
+        return None
+    levels = []
+    for key, label, dash in (
+        ("untrained", "untrained encoder", "dashed"),
+        ("pixels", "raw pixels", "dotted"),
+    ):
+        value = number(knn, key, source)
+        if value is not None:
+            levels.append(Level(label=label, value=value, dash=dash))
+    note = "" if best is None else f"numbers: block {best:.0f}"
+    title = "kNN accuracy by block"
+    return Chart(title=title, lines=lines, levels=levels, along="block", percent=True, every=True, note=note)
+
+
+def _named(line: Line, label: str, colour: str = "training") -> Line:
+    """The same curve under another name, its peak in the legend."""
+    return replace(line, label=label, colour=colour, number=float(line.series.finite().value.max()))
+
+
+def _typical(series: Series | None) -> Line | None:
+    """A noisy quantity, its median in the legend."""
+    known = None if series is None else series.finite()
+    if known is None or not len(known.value):
+        return None
+    return Line(label="median", series=known, smooth=True, number=float(np.median(known.value)))
+
+
+def _is_block(name: str) -> bool:
+    return re.fullmatch(r"knn/block_\d+", name) is not None
+
+
+def _both(run: Run, name: str) -> list[Line]:
+    return [
+        *_line(run, f"train/{name}", "training", smooth=True),
+        *_line(run, f"val/{name}", "held-out", colour="heldout", markers=True),
+    ]
+
+
+def _baselines(run: Run, name: str) -> tuple[list[Line], list[Level]]:
+    """The per-position baseline as it was logged (else its final value) and the global one."""
+    lines = _line(run, f"train/baseline_{name}", "per-position baseline", colour="baseline", dash="dashed")
+    pairs = [("global", "global baseline", "dotted")]
+    if not lines:
+        pairs.insert(0, ("position", "per-position baseline", "dashed"))
+    known = [(run.number("baseline", f"{name}_{key}"), label, dash) for key, label, dash in pairs]
+    return lines, [
+        Level(label=label, value=value, dash=dash) for value, label, dash in known if value is not None
+    ]
+
+
+def _line(
+    run: Run,
+    name: str,
+    label: str,
+    *,
+    colour: str = "training",
+    dash: str = "solid",
+    smooth: bool = False,
+    markers: bool = False,
+) -> list[Line]:
+    series = run.metrics.get(name)
+    if series is None or not len(series.finite().value):
+        return []
+    return [Line(label=label, series=series, colour=colour, dash=dash, smooth=smooth, markers=markers)]

@@ -1,0 +1,211 @@
+"""A run folder as the report sees it: read once, checked, and never written to.
+
+A file that is not there leaves its part empty (a run may have been stopped at any moment); a file that is
+there and cannot be read is one `BeitError` that names it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from beit_pretrain.errors import BeitError
+
+
+class Series(NamedTuple):
+    """One column of a CSV file without its empty cells."""
+
+    step: np.ndarray
+    value: np.ndarray
+
+    @property
+    def last(self) -> float:
+        return float(self.value[-1])
+
+    def finite(self) -> Series:
+        """The rows that can be drawn."""
+        keep = np.isfinite(self.value)
+        return Series(self.step[keep], self.value[keep])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one run folder holds."""
+
+    path: Path
+    results: Mapping[str, Any]
+    config: Mapping[str, Any]
+    config_text: str
+    metrics: Mapping[str, Series]
+    timing: Mapping[str, Series]
+    sheets: list[Path]
+    masks: Path | None
+
+    @property
+    def name(self) -> str:
+        return text(self.results, "name") or text(self.config, "name") or self.path.name
+
+    @property
+    def stage(self) -> str:
+        return text(self.results, "stage") or text(self.config, "stage")
+
+    @property
+    def status(self) -> str:
+        return text(self.results, "status") or "unfinished"
+
+    def section(self, key: str) -> Mapping[str, Any]:
+        """A mapping inside `results.json`; empty if the run did not write it."""
+        return mapping(self.results, key, self.path / "results.json")
+
+    def number(self, *keys: str) -> float | None:
+        """A number of `results.json` at the path `keys`; None if the run did not write it."""
+        inner: Any = self.results
+        for key in keys[:-1]:
+            inner = mapping(inner, key, self.path / "results.json")
+        return number(inner, keys[-1], self.path / "results.json")
+
+    def metric(self, name: str) -> float | None:
+        """The final value of a metric: what the run put down as its result, else the last one it logged."""
+        final = self.number("metrics", name)
+        if final is None and name in self.metrics:
+            final = self.metrics[name].last
+        return final
+
+
+def read_run(path: Path) -> Run:
+    """Everything the report needs from the run folder at `path`."""
+    if not path.is_dir():
+        raise BeitError(f"There is no run folder {path}: give the folder that holds the run's results.json")
+    config_text, config = _read_config(path / "config.yaml")
+    masks = path / "pictures" / "masks.png"
+    sheets = [sheet for sheet in (path / "pictures").glob("step-*.png") if sheet_step(sheet) >= 0]
+    return Run(
+        path=path,
+        results=_read_results(path / "results.json"),
+        config=config,
+        config_text=config_text,
+        metrics=read_series(path / "metrics.csv"),
+        timing=read_series(path / "timing.csv"),
+        sheets=sorted(sheets, key=sheet_step),
+        masks=masks if masks.is_file() else None,
+    )
+
+
+def sheet_step(sheet: Path) -> int:
+    """The optimiser step in the name of a picture, `step-00000500.png`; -1 if there is none."""
+    found = re.fullmatch(r"step-(\d+)", sheet.stem)
+    return int(found[1]) if found else -1
+
+
+def read_series(path: Path) -> dict[str, Series]:
+    """The columns of a CSV file with a `step` column, each with the steps at which it has a value.
+
+    A last line without an end was cut off while it was written and is left out.
+    """
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = (line for line in file if line.endswith("\n"))
+        try:
+            return _columns(csv.reader(lines), path)
+        except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+            raise BeitError(f"{path} is damaged ({error}): mend or move the file away") from error
+
+
+def _columns(rows: Any, path: Path) -> dict[str, Series]:
+    header = next(rows, None)
+    if header is None:
+        return {}
+    if "step" not in header:
+        raise ValueError("its first line has no column 'step'")
+    where = header.index("step")
+    others = [(index, name) for index, name in enumerate(header) if index != where]
+    steps = {name: array("d") for _, name in others}
+    values = {name: array("d") for _, name in others}
+    for row in rows:
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise ValueError(f"line {rows.line_num} has {len(row)} cells and the first line {len(header)}")
+        step = float(row[where])
+        for index, name in others:
+            if row[index]:
+                steps[name].append(step)
+                values[name].append(float(row[index]))
+    return {name: Series(np.array(steps[name]), np.array(values[name])) for name in values if values[name]}
+
+
+def _read_results(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BeitError(f"{path} is not valid JSON ({error}): mend or move the file away") from error
+    if not isinstance(results, dict):
+        raise BeitError(
+            f"{path} should hold a mapping, got {type(results).__name__}: mend or move the file away"
+        )
+    return results
+
+
+def _read_config(path: Path) -> tuple[str, Mapping[str, Any]]:
+    if not path.is_file():
+        return "", {}
+    try:
+        content = path.read_text(encoding="utf-8")
+        config = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise BeitError(f"{path} is not valid YAML ({reason}): mend or move the file away") from error
+    if not isinstance(config, dict | None):
+        raise BeitError(
+            f"{path} should hold a mapping, got {type(config).__name__}: mend or move the file away"
+        )
+    return content, config or {}
+
+
+def text(values: Mapping[str, Any], key: str) -> str:
+    """A piece of text, or nothing where the key is missing or holds something else."""
+    value = values.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def mapping(values: Mapping[str, Any], key: str, source: Path) -> Mapping[str, Any]:
+    """A mapping inside a mapping; empty if missing, an error if it is something else."""
+    value = values.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise BeitError(f"{source}: '{key}' should be a mapping, got {value!r}: mend or move the file away")
+    return value
+
+
+def rows(values: Mapping[str, Any], key: str, source: Path) -> list[Any]:
+    """A list inside a mapping; empty if missing, an error if it is something else."""
+    value = values.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise BeitError(f"{source}: '{key}' should be a list, got {value!r}: mend or move the file away")
+    return value
+
+
+def number(values: Mapping[str, Any], key: str, source: Path) -> float | None:
+    """A number inside a mapping; None if missing or not finite, an error if it is something else."""
+    value = values.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BeitError(f"{source}: '{key}' should be a number, got {value!r}: mend or move the file away")
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,60 @@
+"""`beit-tools`: what one does beside training. Each command's code is imported when it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="beit-tools",
+    help="Tools around beit-train. Arguments like key=value are the same overrides as beit-train's.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as for beit-train")]
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps sub-commands by name."""
+
+
+@app.command()
+def masks(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="the PNG to write")] = Path("masks.png"),
+    count: Annotated[int, typer.Option(help="masks to draw and to count over", min=1)] = 24,
+) -> None:
+    """Draw a sheet of masks: beit-tools masks masking=random image_size=224 --out masks.png"""
+    from hydra.utils import instantiate
+
+    from beit_pretrain.compose import compose
+    from beit_pretrain.tools.masks import draw_sheet
+
+    cfg = compose(["stage=pretrain", *(overrides or [])])
+    draw_sheet(instantiate(cfg.masking), masks=count, path=out, seed=cfg.seed)
+    typer.echo(out)
+
+
+@app.command()
+def knn(checkpoint: Path, overrides: Overrides = None) -> None:
+    """Nearest neighbours on frozen features: beit-tools knn runs/pretrain data=folder data.root=/labelled"""
+    from beit_pretrain.compose import compose
+    from beit_pretrain.run import run
+    from beit_pretrain.summary import show
+
+    arguments = ["stage=knn", f"init_from={checkpoint}", *(overrides or [])]
+    cfg = compose(arguments)
+    show(run(cfg, arguments), cfg)
+
+
+@app.command()
+def replay(file: Path) -> None:
+    """Run a step that was refused for a NaN again, and say where the first one appears."""
+    from beit_pretrain.tools.replay import replay as run_again
+
+    raise typer.Exit(run_again(file))

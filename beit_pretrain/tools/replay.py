@@ -1,0 +1,64 @@
+"""The refused step of a run once more, on the CPU, watching every module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from beit_pretrain.checkpoint import files
+from beit_pretrain.errors import CheckpointError
+from beit_pretrain.stages.base import step_seed
+
+
+def replay(path: Path) -> int:
+    """Print loss, first non-finite output and non-finite gradients; 0 if the fault shows again, 1 if not."""
+    from beit_pretrain.run import build_stage
+
+    saved = files.read(path)
+    if "batches" not in saved:
+        raise CheckpointError(f"{path} is no kept step: give a file of a run's bad_steps folder")
+    cfg = OmegaConf.create(saved["beit_pretrain"]["config"])
+    stage = build_stage(cfg)
+    own = stage.state_dict()
+    stage.load_state_dict({**own, **saved["state_dict"]})
+    stage.train()
+    seen: list[str] = []
+    for name, module in stage.named_modules():
+        module.register_forward_hook(_watch(name, seen))
+    print(f"step {saved['step']}, rank {saved['rank']}, {len(saved['batches'])} micro-batches, on the CPU in float32")
+    faulty = False
+    for micro, fields in enumerate(saved["batches"]):
+        batch = SimpleNamespace(**{"ids": None, "token_image": None, "jitter": None, **fields})
+        torch.manual_seed(step_seed(cfg.seed, saved["step"], micro, saved["rank"]))
+        result = stage.compute(batch)
+        loss = result.loss / stage.expected_count(batch)
+        loss.backward()
+        print(f"  micro-batch {micro}: loss {float(loss):.6g}, samples {fields['sample'].tolist()}")
+        faulty |= not bool(torch.isfinite(loss))
+    stage.drop_pending()
+    gradients = [
+        name
+        for name, p in stage.named_parameters()
+        if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+    ]
+    weights = [n for n, p in stage.named_parameters() if not bool(torch.isfinite(p).all())]
+    print(f"  not finite among the weights: {', '.join(weights) or 'none'}")
+    print(f"  first output that is not finite: {seen[0] if seen else 'none'}")
+    print(f"  gradients that are not finite: {len(gradients)}{': ' + ', '.join(gradients[:5]) if gradients else ''}")
+    if faulty or gradients:
+        return 0
+    print(f"  all is finite here; the run was in {saved['precision']}: its range is what this step left")
+    return 1
+
+
+def _watch(name: str, seen: list[str]) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and not bool(torch.isfinite(output).all()):
+            seen.append(name or type(module).__name__)
+
+    return hook

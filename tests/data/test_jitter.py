@@ -1,0 +1,96 @@
+"""Colour jitter against Pillow's own enhancers on the whole image."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance
+
+from beit_pretrain.data.jitter import Jitter, apply_jitter, draw_jitter
+
+ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+
+def natural(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """A picture with the 1/f spectrum of photographs and an edge, (3, height, width) uint8."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    frequency[0, 0] = np.inf
+    spectra = np.fft.fft2(rng.standard_normal((3, height, width))) / frequency
+    shared, own = np.fft.ifft2(spectra.mean(0)).real, np.fft.ifft2(spectra).real
+    mixed = 2 * shared / shared.std() + own / own.std((1, 2), keepdims=True)
+    mixed += np.where(
+        np.mgrid[:height, :width][1] > width * 0.6, 1.5, -0.5
+    )  # a bright part beside a dark one
+    return torch.from_numpy(np.clip(110 + 32 * mixed, 0, 255).astype(np.uint8))
+
+
+def by_pillow(image: torch.Tensor, jitter: Jitter) -> torch.Tensor:
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    for step in jitter.order:
+        picture = ENHANCERS[step](picture).enhance(jitter.factors[step])
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _draws(count: int) -> list[Jitter]:
+    return [draw_jitter(random.Random(seed), 0.4) for seed in range(count)]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (17, 45), (90, 91)])
+def test_a_small_image_is_jittered_as_pillow_does_it(size: tuple[int, int]) -> None:
+    image = natural(*size)
+    for jitter in _draws(30):
+        difference = (apply_jitter(image, image, jitter).int() - by_pillow(image, jitter).int()).abs()
+        # float32 rounds once more or less in a product: at most one level, in one value of ten thousand
+        assert difference.max() <= 1 and difference.float().mean() < 1e-4
+
+
+def test_a_crop_of_a_photograph_is_jittered_as_pillow_jitters_the_whole() -> None:
+    image = natural(375, 500)
+    for jitter in _draws(12):
+        crop = image[:, 20:200, 310:480]  # from the bright part: its own mean grey is far from the image's
+        difference = (
+            apply_jitter(crop, image, jitter) - by_pillow(image, jitter)[:, 20:200, 310:480].int()
+        ).abs()
+        assert difference.float().mean() <= 0.7
+        assert (difference > 4).float().mean() <= 0.015
+
+
+def test_contrast_about_the_crops_own_grey_would_be_seen() -> None:
+    image = natural(375, 500)
+    crop = image[:, 20:200, 310:480]
+    jitter = Jitter((1, 0, 2), (1.0, 0.6, 1.0))
+    right = by_pillow(image, jitter)[:, 20:200, 310:480].int()
+    assert (apply_jitter(crop, crop, jitter) - right).abs().float().mean() > 5
+    assert (apply_jitter(crop, image, jitter) - right).abs().float().mean() <= 0.7
+
+
+def test_steps_before_contrast_reach_its_mean_grey() -> None:
+    image = natural(200, 300)
+    crop = image[:, :40, :50]
+    jitter = Jitter((0, 2, 1), (1.4, 0.6, 1.4))
+    assert (apply_jitter(crop, image, jitter) - by_pillow(image, jitter)[:, :40, :50].int()).abs().max() <= 1
+
+
+def test_factor_one_changes_nothing_and_the_source_stays_as_it_was() -> None:
+    image = natural(40, 30)
+    kept = image.clone()
+    assert torch.equal(apply_jitter(image, image, Jitter((2, 0, 1), (1.0, 1.0, 1.0))), image)
+    apply_jitter(image, image, Jitter((0, 1, 2), (1.4, 0.6, 0.7)))
+    assert torch.equal(image, kept)
+
+
+def test_draws_are_uniform_in_order_and_factor() -> None:
+    draws = _draws(6000)
+    counts = Counter(draw.order for draw in draws)
+    assert len(counts) == 6 and all(abs(count - 1000) < 150 for count in counts.values())
+    factors = np.array([draw.factors for draw in draws])
+    assert factors.min() >= 0.6 and factors.max() <= 1.4
+    assert np.abs(factors.mean(0) - 1).max() < 0.012
+    assert np.abs(factors.std(0) - 0.8 / np.sqrt(12)).max() < 0.006
+    assert np.abs(np.corrcoef(factors.T) - np.eye(3)).max() < 0.05
+    assert min(draw_jitter(random.Random(seed), 3.0).factors[0] for seed in range(200)) >= 0

@@ -1,0 +1,190 @@
+"""Views: one box for both, the distribution of boxes, and purity in the key."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from torchvision.transforms import RandomResizedCrop, v2
+
+from beit_pretrain.data import transforms
+from beit_pretrain.data.sampler import mix
+from beit_pretrain.data.transforms import Crops, EvalView, Item, OneView, TwoViews, crop_box
+from beit_pretrain.errors import ConfigError
+from beit_pretrain.masking import BlockwiseMask
+
+MASK = BlockwiseMask(grid=(4, 6), count=10, min_block=4)
+
+
+def _gradient(height: int, width: int) -> torch.Tensor:
+    """Red tells the column, green the row, as shares of 255; (3, height, width) uint8."""
+    y, x = torch.meshgrid(torch.linspace(0, 255, height), torch.linspace(0, 255, width), indexing="ij")
+    return torch.stack([x, y, (x + y) / 2]).round().to(torch.uint8)
+
+
+def _noise(height: int, width: int) -> torch.Tensor:
+    return torch.randint(
+        0, 256, (3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+
+
+@pytest.mark.parametrize("size", [(300, 400), (64, 64), (500, 60), (30, 400)])
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0)])
+def test_boxes_are_distributed_as_torchvisions(size: tuple[int, int], scale: tuple[float, float]) -> None:
+    ratio, count = (3 / 4, 4 / 3), 2000
+    rng = random.Random(1)
+    ours = np.array([crop_box(rng, size, scale, ratio) for _ in range(count)])
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        image = torch.empty(3, *size)
+        theirs = np.array(
+            [RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(count)]
+        )
+    top, left, height, width = ours.T
+    assert (top >= 0).all() and (left >= 0).all()
+    assert (top + height <= size[0]).all() and (left + width <= size[1]).all()
+    for mine, reference in zip(ours.T, theirs.T, strict=True):
+        assert stats.ks_2samp(mine, reference, method="asymp").pvalue > 1e-4
+    assert stats.ks_2samp(height * width, theirs[:, 2] * theirs[:, 3], method="asymp").pvalue > 1e-4
+
+
+def test_a_picture_of_one_pixel_still_has_a_box() -> None:
+    for size in [(1, 1), (1, 50), (50, 1)]:
+        top, left, height, width = crop_box(random.Random(0), size, (0.08, 1.0), (3 / 4, 4 / 3))
+        assert 0 < height <= size[0] - top and 0 < width <= size[1] - left
+
+
+@pytest.mark.parametrize("interpolation", ["lanczos", "bicubic"])
+def test_both_views_show_the_same_box_at_two_sizes(interpolation: transforms.Interpolation) -> None:
+    view = TwoViews(
+        image_size=(48, 72),
+        token_image_size=(24, 36),
+        mask=MASK,
+        jitter=0.0,
+        token_interpolation=interpolation,
+    )
+    image = _gradient(211, 317)
+    spans, mirrored = [], 0
+    for key in range(60):
+        crops = view(image, mix(key))
+        large, small = crops.image, crops.token_image
+        assert large.shape == (3, 48, 72) and small is not None and small.shape == (3, 24, 36)
+        halved = large.float().unflatten(1, (24, 2)).unflatten(3, (36, 2)).mean((2, 4))
+        assert (halved - small).abs().max() <= 3  # levels; another box would be off by tens
+        step = large[0, 24, -1].int() - large[0, 24, 0].int()
+        mirrored += int(step < 0)
+        assert large[1, -1, 36] > large[1, 0, 36]  # never upside down
+        spans.append(int(step.abs()))
+    assert 15 < mirrored < 45
+    assert min(spans) < 110 and max(spans) > 200  # boxes differ in size
+
+
+def test_flip_is_a_mirror_image_of_the_same_box() -> None:
+    plain = OneView(image_size=(20, 31), flip=0.0, jitter=0.4)
+    always = OneView(image_size=(20, 31), flip=1.0, jitter=0.4)
+    image = _noise(77, 91)
+    for key in range(5):
+        assert (always(image, key).image.flip(-1).int() - plain(image, key).image).abs().max() <= 1
+
+
+def test_jitter_leaves_box_and_flip_as_they_are() -> None:
+    image = _gradient(100, 140)
+    for key in range(5):
+        plain = OneView(image_size=(32, 32), jitter=0.0)(image, key).image.float()
+        coloured = OneView(image_size=(32, 32), jitter=0.1)(image, key).image.float()
+        assert torch.corrcoef(torch.stack([plain[0].flatten(), coloured[0].flatten()]))[0, 1] > 0.98
+        assert not torch.equal(plain, coloured)
+
+
+def test_a_view_is_pure_in_its_key_and_draws_nothing_global() -> None:
+    view = TwoViews(image_size=(32, 48), token_image_size=(16, 24), mask=MASK)
+    image = _noise(80, 70)
+    kept = image.clone()
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    first = [view(image, key) for key in (1, 2, 1)]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]
+    assert torch.equal(image, kept)
+    for one, other in zip(first[0], first[2], strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(first[0].image, first[1].image)
+    assert first[0].mask is not None and first[0].mask.dtype == torch.bool
+    assert torch.equal(first[0].mask, torch.from_numpy(MASK(mix(1, 1))).flatten())
+
+
+@pytest.mark.parametrize("source", [(40, 61), (201, 150), (33, 47)])
+def test_resizing_is_pillows_to_the_level(source: tuple[int, int]) -> None:
+    image = _noise(*source)
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    for name, kernel in (("bicubic", Image.Resampling.BICUBIC), ("lanczos", Image.Resampling.LANCZOS)):
+        expected = np.array(picture.resize((28, 24), kernel)).astype(int)
+        ours = transforms.resize(image, (24, 28), name)
+        assert ours.dtype == torch.uint8
+        difference = np.abs(ours.permute(1, 2, 0).numpy() - expected)
+        assert difference.max() <= 1 and difference.mean() < 0.05
+    by_pillow = transforms._resize_pillow(image, (24, 28))
+    assert by_pillow.is_contiguous() and np.array_equal(by_pillow.permute(1, 2, 0).numpy(), expected)
+
+
+def test_an_older_torchvision_resizes_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transforms, "_LANCZOS_TENSORS", False)
+    image = _noise(50, 40)
+    assert torch.equal(transforms.resize(image, (9, 8), "lanczos"), transforms._resize_pillow(image, (9, 8)))
+    assert "torchvision" in transforms.RESIZE_IMPLEMENTATION
+
+
+@pytest.mark.parametrize("source", [(300, 400), (400, 300), (256, 256), (57, 333), (224, 224)])
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+def test_the_evaluation_view_is_torchvisions_resize_and_centre_crop(
+    source: tuple[int, int], crop_pct: float
+) -> None:
+    image = _noise(*source)
+    resize = v2.Resize(int(224 / crop_pct), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    expected = v2.CenterCrop(224)(resize(image))
+    assert torch.equal(EvalView(image_size=(224, 224), crop_pct=crop_pct)(image, 0).image, expected)
+
+
+@pytest.mark.parametrize("source", [(300, 400), (90, 70), (40, 500)])
+def test_a_wide_evaluation_view_covers_its_size(source: tuple[int, int]) -> None:
+    image = _gradient(*source)
+    crop = EvalView(image_size=(48, 112), crop_pct=1.0)(image, 0).image
+    assert crop.shape == (3, 48, 112)
+    for axis in (0, 1):  # centred: as much is missing on one side as on the other
+        line = crop[axis].float().mean(axis).sort().values
+        assert abs((line[0] + line[-1]).item() - 255) < 6
+
+
+def test_batches_stack_what_the_items_hold() -> None:
+    view = TwoViews(image_size=(32, 48), token_image_size=(16, 24), mask=MASK)
+    items = [Item(view(_noise(50, 60), key), 10 + key, 7, -1) for key in range(3)]
+    batch = view.collate(items)
+    assert batch.image.shape == (3, 3, 32, 48) and batch.token_image is not None
+    assert batch.token_image.shape == (3, 3, 16, 24) and batch.mask.shape == (3, 24)
+    assert batch.sample.tolist() == [10, 11, 12] and batch.view.tolist() == [7, 7, 7]
+    assert batch.ids is None and batch.jitter is None
+    assert torch.equal(batch.image[1], items[1].crops.image)
+    alone = TwoViews(image_size=(32, 48), token_image_size=None, mask=MASK)
+    assert alone.collate([Item(alone(_noise(50, 60), 0), 0, 0, -1)]).token_image is None
+    plain = OneView(image_size=(8, 9)).collate(
+        [Item(Crops(_noise(8, 9)), 4, 0, 2), Item(Crops(_noise(8, 9)), 5, 0, -1)]
+    )
+    assert plain.label.tolist() == [2, -1] and plain.label.dtype == torch.int64
+    assert plain.image.shape == (2, 3, 8, 9)
+
+
+def test_impossible_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"crop_scale=\[1\.0, 0\.2\]: set two numbers, lower one first"):
+        OneView(image_size=(8, 8), crop_scale=(1.0, 0.2))
+    with pytest.raises(
+        ConfigError, match=r"crop_ratio=\[0, 1\].*\nflip=1\.5: set a prob.*\njitter=-1: set 0"
+    ):
+        OneView(image_size=(8, 8), crop_ratio=(0, 1), flip=1.5, jitter=-1)
+    with pytest.raises(ConfigError, match=r"crop_pct=1\.2: set a share"):
+        EvalView(image_size=(8, 8), crop_pct=1.2)
+    with pytest.raises(ConfigError, match="token_interpolation=nearest: set lanczos or bicubic"):
+        TwoViews(image_size=(8, 8), token_image_size=None, mask=MASK, token_interpolation="nearest")  # pyright: ignore

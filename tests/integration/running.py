@@ -1,0 +1,158 @@
+"""Real `beit-train` processes for tests: run, kill, compare."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+
+# Small enough for a test: 8 x 8 patches of 32 x 32 digits, two blocks of 32, 32 kinds of tokens.
+SMALL_TOKENIZER = [
+    "stage=tokenizer",
+    "experiment=digits_tokenizer",
+    "tokenizer.vocab_size=32",
+    "tokenizer.hidden=16",
+    "tokenizer.code_dim=16",
+    "stage.epochs=2",
+    "trainer.accelerator=cpu",
+    "logger=csv",
+]
+SMALL_PRETRAIN = [
+    "stage=pretrain",
+    "experiment=digits_pretrain",
+    "model.width=32",
+    "model.heads=2",
+    "model.depth=2",
+    "model.drop_path=0.2",
+    "stage.epochs=2",
+    "stage.optim.warmup_epochs=1",
+    "callbacks.knn.every_epochs=1",
+    "trainer.accelerator=cpu",
+    "logger=csv",
+]
+
+
+class RecordSamples(Callback):
+    """Writes which samples each micro-batch held; lines of repeated steps are appended."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        line = json.dumps([trainer.global_step, batch_idx, batch.sample.tolist(), batch.view.tolist()])
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+
+
+def environment() -> dict[str, str]:
+    """One thread, so that sums are added in the same order on any machine, and `running` importable."""
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def start(arguments: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "beit_pretrain", *arguments],
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def train(arguments: Sequence[str], cwd: Path, code: int = 0) -> str:
+    """Run to the end and return what was printed."""
+    process = start(arguments, cwd)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the process and its workers."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def train_with_kills(
+    arguments: Sequence[str], cwd: Path, run: Path, *, kills: int, seed: int, seconds: float
+) -> None:
+    """Kill a run `kills` times, at random times of its `seconds` of training or while it writes, then finish it."""
+    rng = random.Random(seed)
+    for number in range(kills):
+        process = start(arguments, cwd)
+        newest = max((p.name for p in (run / "checkpoints").glob("step-*.ckpt")), default="")
+        deadline = time.monotonic() + 120
+        # Every second kill falls into the writing of a checkpoint, the others anywhere.
+        writing = number % 2 == 1
+        until = None
+        while process.poll() is None:
+            assert time.monotonic() < deadline, "the run made no progress"
+            checkpoints = run / "checkpoints"
+            if until is None and any(p.name > newest for p in checkpoints.glob("step-*.ckpt")):
+                until = time.monotonic() + rng.uniform(0, seconds / 2)
+            if until is not None and not writing and time.monotonic() >= until:
+                break
+            if until is not None and writing and any(checkpoints.glob(".*.tmp")):
+                break
+            time.sleep(0.001)
+        if process.poll() is None:
+            kill(process)
+        else:
+            process.communicate()
+    train(arguments, cwd)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Equal bits: weights, optimiser, schedule, callback states, position, metrics, samples of every step."""
+    left, right = (
+        torch.load((run / "checkpoints" / "last.ckpt"), weights_only=True, map_location="cpu")
+        for run in (one, other)
+    )
+    assert left["global_step"] == right["global_step"]
+    for key in ("state_dict", "optimizer_states", "callbacks", "lr_schedulers", "epoch"):
+        assert_equal(left[key], right[key], key)
+    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    assert samples(one) == samples(other)
+
+
+def samples(run: Path) -> dict[tuple[int, int], Any]:
+    """(step, micro-batch) to samples and views; a step done twice must have held the same ones."""
+    seen: dict[tuple[int, int], Any] = {}
+    for line in (run.parent / f"{run.name}-samples.jsonl").read_text().splitlines():
+        step, micro, *content = json.loads(line)
+        assert seen.setdefault((step, micro), content) == content
+    return seen
+
+
+def assert_equal(left: Any, right: Any, where: str) -> None:
+    assert type(left) is type(right), where
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_equal(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), where
+        for i, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_equal(a, b, f"{where}.{i}")
+    elif isinstance(left, Tensor):
+        assert left.dtype == right.dtype and torch.equal(left, right), where
+    else:
+        assert left == right, where

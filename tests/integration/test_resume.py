@@ -1,0 +1,56 @@
+"""Runs killed with SIGKILL and started again end with the bits of a run that was left alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from running import SMALL_PRETRAIN, SMALL_TOKENIZER, assert_same_run, train, train_with_kills
+
+
+def _record(run: Path) -> list[str]:
+    return [
+        "+callbacks.record._target_=running.RecordSamples",
+        f"+callbacks.record.path={run.parent}/{run.name}-samples.jsonl",
+    ]
+
+
+def _compare(base: list[str], folder: Path, *, kills: int, seed: int) -> None:
+    whole, killed = folder / "runs" / "whole", folder / "runs" / "killed"
+    often = [*base, "checkpoint.every_steps=3", "stage.log_every=5"]
+    train([*often, *_record(whole), "name=whole"], folder)
+    train_with_kills(
+        [*often, *_record(killed), "name=killed"], folder, killed, kills=kills, seed=seed, seconds=4.0
+    )
+    assert_same_run(whole, killed)
+
+
+def test_pretraining_killed_three_times_ends_bit_identical(tokenizer_run: Path, tmp_path: Path) -> None:
+    _compare(
+        [
+            *SMALL_PRETRAIN,
+            f"tokenizer.checkpoint={tokenizer_run}",
+            "stage.epochs=3",
+            "micro_batch_size=32",
+            "masking.exact=false",
+            "data.workers=2",
+        ],
+        tmp_path,
+        kills=3,
+        seed=1,
+    )
+
+
+def test_a_tokenizer_killed_three_times_ends_bit_identical(tmp_path: Path) -> None:
+    _compare([*SMALL_TOKENIZER, "stage.epochs=3", "data.workers=0"], tmp_path, kills=3, seed=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stage", ["tokenizer", "pretrain"])
+def test_a_run_killed_ten_times_ends_bit_identical(
+    stage: str, workers: int, tokenizer_run: Path, tmp_path: Path
+) -> None:
+    base = SMALL_TOKENIZER if stage == "tokenizer" else [*SMALL_PRETRAIN, f"tokenizer.checkpoint={tokenizer_run}"]
+    extra = ["stage.epochs=6", f"data.workers={workers}", "micro_batch_size=32"]
+    _compare([*base, *extra], tmp_path, kills=10, seed=3 + workers)

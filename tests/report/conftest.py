@@ -1,0 +1,184 @@
+"""A run folder as a run leaves it, with invented curves and painted digits."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """`make_run(name, stage, ...)` writes a run folder below the test's own and returns it."""
+
+    def make(name: str = "pretrain-digits-micro", **options: Any) -> Path:
+        return fake_run(tmp_path / "runs" / options.pop("folder", name), name=name, **options)
+
+    return make
+
+
+def fake_run(
+    folder: Path,
+    *,
+    name: str,
+    stage: str = "pretrain",
+    steps: int = 1000,
+    every: int = 5,
+    sheets: int = 6,
+    side: int = 32,
+    results: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes all files of a finished run; `results` replaces keys of `results.json`."""
+    (folder / "pictures").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    (folder / "config.yaml").write_text(
+        f"name: {json.dumps(name)}\nstage: {stage}\nbatch_size: 64\nimage_size: 32\nseed: 0\n"
+        "model:\n  depth: 4\n  width: 96\n  heads: 3\ntokenizer:\n  checkpoint: runs/quickstart/tokenizer\n"
+    )
+    curves = _pretrain(rng, steps, every) if stage == "pretrain" else _tokenizer(rng, steps, every)
+    _write_csv(folder / "metrics.csv", curves if stage in ("pretrain", "tokenizer") else [])
+    _write_csv(folder / "timing.csv", _timing(rng, steps, every))
+    for step in np.linspace(0, steps, sheets).astype(int) if stage != "knn" else ():
+        _sheet(rng, step / steps, stage, side).save(folder / "pictures" / f"step-{step:08d}.png")
+    if stage == "pretrain":
+        _masks(rng).save(folder / "pictures" / "masks.png")
+    (folder / "results.json").write_text(json.dumps({**_results(name, stage, steps), **(results or {})}))
+    return folder
+
+
+def _pretrain(rng: np.random.Generator, steps: int, every: int) -> list[dict[str, float]]:
+    found = []
+    for step in range(every, steps + 1, every):
+        done = step / steps
+        loss = 2.6 + 2.9 * np.exp(-8 * done) - 0.2 * done
+        ramp = min(done / 0.05, 1.0)
+        lr = 2e-3 * ramp * (0.5 + 0.5 * np.cos(np.pi * max(done - 0.05, 0) / 0.95))
+        row = {"step": step, "epoch": 40 * done, "train/loss": loss + rng.normal(0, 0.06)}
+        row["train/accuracy"] = max(0.0, 0.38 - 0.34 * np.exp(-6 * done) + rng.normal(0, 0.015))
+        row |= {"train/baseline_loss": 4.02 - 0.3 * np.exp(-30 * done), "train/baseline_accuracy": 0.16}
+        row |= {"train/perplexity": 120 + rng.normal(0, 3), "train/lr": lr, "train/lr_min": lr}
+        row |= {"train/weight_decay": 0.05, "train/grad_norm": float(np.exp(rng.normal(-0.3, 0.25)))}
+        found.append(row)
+        if step % (steps // 20) < every:
+            found.append(
+                {"step": step, "val/loss": loss + 0.05, "val/accuracy": 0.37 - 0.34 * np.exp(-6 * done)}
+            )
+            knn = {
+                f"knn/block_{block}": 0.93 - 0.06 * abs(block - 2) - 0.3 * np.exp(-5 * done)
+                for block in range(4)
+            }
+            found.append({"step": step, **knn})
+    return found
+
+
+def _tokenizer(rng: np.random.Generator, steps: int, every: int) -> list[dict[str, float]]:
+    found = []
+    for step in range(every, steps + 1, every):
+        done = step / steps
+        row = {"step": step, "train/loss": 0.02 + 0.2 * np.exp(-9 * done) + rng.normal(0, 0.002)}
+        row |= {
+            "train/recon": row["train/loss"] - 0.005,
+            "train/kl": 1.2 * done,
+            "train/lr": 1e-3 * (1 - done),
+        }
+        row |= {"train/temperature": 0.9 - 0.8 * done, "train/codebook_use": 1 - np.exp(-4 * done) * 0.8}
+        found.append(row | {"train/perplexity": 40 + 90 * done, "train/grad_norm": 0.3 + rng.random() * 0.1})
+    return found
+
+
+def _timing(rng: np.random.Generator, steps: int, every: int) -> list[dict[str, float]]:
+    at = range(every, steps + 1, every)
+    share = rng.uniform(0.01, 0.04, len(at))
+    speed = rng.normal(1450, 60, len(at))
+    return [
+        {"step": step, "images_per_second": a, "data_wait_share": b, "seconds": step / 20}
+        for step, a, b in zip(at, speed, share, strict=True)
+    ]
+
+
+def _results(name: str, stage: str, steps: int) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "name": name,
+        "stage": stage,
+        "status": "finished",
+        "command": f"beit-train stage={stage}",
+    }
+    found |= {
+        "seconds": 132.4,
+        "environment": {"python": "3.11.9", "torch": "2.11.0", "git_commit": "0f3c2a1"},
+    }
+    if stage == "knn":
+        blocks = [
+            {"block": b, "val": 0.92 - 0.05 * abs(b - 2), "test": 0.91 - 0.05 * abs(b - 2)} for b in range(4)
+        ]
+        remark = "Raw pixels do well here because the digits are tiny, centred and clean."
+        knn = {"blocks": blocks, "best_block": 2, "accuracy": 0.91, "untrained": 0.62, "pixels": 0.97}
+        return found | {"knn": {**knn, "remark": remark}}
+    found |= {"steps": steps, "epochs": 40, "parameters": 512_384}
+    if stage == "pretrain":
+        found["metrics"] = {"val/loss": 2.451, "val/accuracy": 0.369, "val/loss_se": 0.031}
+        baseline = {
+            "loss_position": 4.02,
+            "accuracy_position": 0.16,
+            "loss_global": 4.78,
+            "accuracy_global": 0.071,
+        }
+        found["baseline"] = {**baseline, "loss_z": 50.6, "accuracy_z": 21.2}
+        found["recipe_diff"] = [
+            ["model", "base", "micro"],
+            ["batch_size", 2048, 64],
+            ["model.drop_path", 0.1, 0.0],
+        ]
+    return found
+
+
+def _write_csv(path: Path, found: list[dict[str, float]]) -> None:
+    names = list(dict.fromkeys(name for row in found for name in row))
+    if not names:
+        return
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+
+
+def _sheet(rng: np.random.Generator, done: float, stage: str, side: int) -> Image.Image:
+    """Columns of one row for each digit; what is decoded is noisier the earlier it is."""
+    titles = ["original", "masked", "decoded true ids", "decoded predicted ids"]
+    if stage == "tokenizer":
+        titles = ["original", "reconstruction"]
+    cell, gap = max(96, side), 8
+    sheet = Image.new("RGB", (len(titles) * (cell + gap) + gap, 5 * (cell + gap) + 28), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        pen.text((gap + column * (cell + gap), 8), title, fill="black")
+        for row in range(5):
+            noise = 12 if column == 0 else 25 if column < 3 else 40 + 150 * (1 - done)
+            small = Image.new("L", (32, 32), 20)
+            ImageDraw.Draw(small).text((9, 1), str(row + 2), fill=230, font_size=26)
+            pixels = np.asarray(small, dtype=float) + rng.normal(0, noise / 3, (32, 32))
+            if column == 1 and stage == "pretrain":
+                hidden = rng.random((8, 8)) < 0.4
+                pixels = np.where(np.kron(hidden, np.ones((4, 4))) > 0, 128, pixels)
+            tile = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).resize((cell, cell), 0)
+            sheet.paste(tile, (gap + column * (cell + gap), 28 + row * (cell + gap)))
+    return sheet
+
+
+def _masks(rng: np.random.Generator) -> Image.Image:
+    cells = np.full((4 * 72, 8 * 72), 255, dtype=np.uint8)
+    for row in range(4):
+        for column in range(8):
+            mask = np.kron(rng.random((8, 8)) < 0.4, np.ones((8, 8)))
+            cells[row * 72 + 4 : row * 72 + 68, column * 72 + 4 : column * 72 + 68] = np.where(
+                mask > 0, 60, 215
+            )
+    return Image.fromarray(cells)

@@ -1,0 +1,1 @@
+"""Tokenizers that keep the contract of `beit_pretrain.tokenizer`."""
