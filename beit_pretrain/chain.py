@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from beit_pretrain.checkpoint import files
 from beit_pretrain.compose import compose, config_dir, flat_keys
@@ -30,7 +30,7 @@ def run_chain(overrides: Sequence[str]) -> None:
     cfg = compose([o for o in overrides if o.split("=")[0].lstrip("+~") in ("chain", "name", "runs")])
     folder = Path(cfg.runs) / cfg.name
     links = link_overrides(cfg, general, by_link, folder)
-    for name, arguments in links.items():
+    for arguments in links.values():
         compose(_without_checkpoints(arguments))  # a mistake in the last link shows before the first one runs
     began = time.monotonic()
     for number, (name, arguments) in enumerate(links.items(), 1):
@@ -87,8 +87,7 @@ def link_overrides(
 
     Raises ConfigError for a link or an option that no link knows.
     """
-    links = OmegaConf.to_container(cfg.chain.links)
-    assert isinstance(links, dict)
+    links = {str(name): list(own) for name, own in cfg.chain.links.items()}
     if unknown := sorted(by_link.keys() - links.keys()):
         raise ConfigError(f"links.{unknown[0]}: the chain {cfg.chain.name} has the links {', '.join(links)}")
     commands: dict[str, list[str]] = {}
@@ -100,7 +99,9 @@ def link_overrides(
         used.update(fits)
         commands[name] = [*own, *fits, *by_link.get(name, []), f"name={cfg.name}/{name}", f"runs={cfg.runs}"]
     if left := [o for o in general if o not in used]:
-        compose([*_without_checkpoints(next(iter(commands.values()))), left[0]])  # says what it might have meant
+        compose(
+            [*_without_checkpoints(next(iter(commands.values()))), left[0]]
+        )  # says what it might have meant
         raise ConfigError(f"{left[0]}: no link of the chain {cfg.chain.name} has this option")
     return commands
 
@@ -116,7 +117,9 @@ def _resolve(override: str, folder: Path, links: list[str]) -> str:
     if not value.startswith("@"):
         return override
     if value[1:] not in links:
-        raise ConfigError(f"{override}: there is no link {value[1:]} in this chain (links: {', '.join(links)})")
+        raise ConfigError(
+            f"{override}: there is no link {value[1:]} in this chain (links: {', '.join(links)})"
+        )
     return f"{key}={folder / value[1:]}"
 
 

@@ -49,7 +49,9 @@ def train(overrides: Sequence[str]) -> None:
     """One run, or a chain of them."""
     cfg = compose(overrides)
     if cfg.stage is not None and cfg.chain is not None:
-        raise ConfigError("stage and chain are both given: a chain brings its own stages, leave one of them out")
+        raise ConfigError(
+            "stage and chain are both given: a chain brings its own stages, leave one of them out"
+        )
     if cfg.stage is None:
         from beit_pretrain.chain import run_chain
 
@@ -72,20 +74,23 @@ def tools_main() -> None:
 def _guard(action: Callable[[], object]) -> None:
     try:
         action()
-    except BeitError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        _leave(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        _leave(130)
+        sys.exit(130)
+    except Exception as error:
+        mistake = _mistake(error)
+        if mistake is None:
+            raise
+        for line in str(mistake).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
 
 
-def _leave(code: int) -> None:
-    """Exit with worker processes and the other ranks of this node taken along."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    sys.exit(code)
+def _mistake(error: BaseException | None) -> BeitError | None:
+    """The user's mistake behind an error: Hydra wraps what a constructor raises."""
+    while error is not None and not isinstance(error, BeitError):
+        error = error.__cause__
+    return error
 
 
 def _hydra(arguments: list[str]) -> None:
@@ -125,6 +130,7 @@ def _quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*module.s. in eval mode at the start of training.*",
         ".*GPU available but not used.*",
+        ".*LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message=advice)
 

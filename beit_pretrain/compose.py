@@ -1,7 +1,7 @@
 """From overrides to a complete configuration, the same way for every command.
 
-A configuration that starts from a checkpoint takes the shape of what is in it (the tokenizer's architecture, the
-encoder's size) from the checkpoint, which describes itself.
+A configuration that starts from a checkpoint takes the shape of what is in it (the tokenizer's architecture,
+the encoder's size) from the checkpoint, which describes itself.
 """
 
 from __future__ import annotations
@@ -14,14 +14,24 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.errors import HydraException, MissingConfigException
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from beit_pretrain.errors import ConfigError
+from beit_pretrain.wording import either
 
 # Decided by whoever starts the program, or by where a checkpoint lies; never taken over from a checkpoint.
 NOT_ADOPTED = {"checkpoint", "cache", "offline"}
+NEEDED = (
+    "model",
+    "tokenizer",
+    "masking",
+    "data",
+    "trainer",
+    "checkpoint",
+)  # groups without which nothing runs
 
 
 def config_dir() -> Path:
@@ -33,7 +43,11 @@ def config_dir() -> Path:
 
 def pair(size: Any) -> list[int]:
     """`224` or `[192, 160]` as [height, width]."""
-    return [int(s) for s in size] if OmegaConf.is_list(size) or isinstance(size, list | tuple) else [int(size)] * 2
+    return (
+        [int(s) for s in size]
+        if OmegaConf.is_list(size) or isinstance(size, list | tuple)
+        else [int(size)] * 2
+    )
 
 
 def register_resolvers() -> None:
@@ -44,31 +58,56 @@ def register_resolvers() -> None:
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """The configuration for these Hydra overrides, taken over from checkpoints where it names some, with a name.
+    """The configuration for these Hydra overrides, with a name and with what its checkpoints decide.
 
     Raises ConfigError, in one line, for an unknown group, choice or key, with the nearest known one.
     """
     register_resolvers()
     try:
-        with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
-            cfg = hydra_compose("train", overrides=list(overrides))
+        cfg = _composed(overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_explain(error, overrides)) from error
     return complete(cfg, overrides)
 
 
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    """What Hydra makes of the overrides, also from within a job that Hydra runs (it keeps one global state)."""
+    state = GlobalHydra.instance()
+    outer, state.hydra = state.hydra, None
+    try:
+        with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
+            return hydra_compose("train", overrides=list(overrides))
+    finally:
+        state.hydra = outer
+
+
 def complete(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Fill in what depends on other choices: checkpoints' own shapes, and the run's name."""
     with open_dict(cfg):
-        for group in ("stage", "chain"):  # Hydra leaves no key where a group has no choice
-            cfg.setdefault(group, None)
-        if cfg.stage is not None and "_target_" in cfg.stage:
-            _adopt_checkpoints(cfg, explicit_keys(overrides))
-        if cfg.name is None:
-            cfg.name = default_name(cfg)
-        if cfg.debug:
-            cfg.name += "-debug"
+        # Hydra leaves no key where a group has no choice, or was taken out with ~group.
+        for group, empty in (("stage", None), ("chain", None), ("callbacks", {}), ("logger", {})):
+            cfg.setdefault(group, empty)
+        explicit = explicit_keys(overrides)
+        _check_groups(cfg, explicit)
+        try:
+            if cfg.stage is not None and "_target_" in cfg.stage:
+                _adopt_checkpoints(cfg, explicit)
+            name = default_name(cfg) if cfg.name is None else cfg.name
+        except OmegaConfBaseException as error:
+            raise ConfigError(_explain(error, overrides)) from error
+        cfg.name = f"{name}-debug" if cfg.debug and name is not None else name
     return cfg
+
+
+def _check_groups(cfg: DictConfig, explicit: dict[str, str]) -> None:
+    if missing := [group for group in NEEDED if cfg.get(group) is None]:
+        raise ConfigError([f"{group} is needed: set {group}={either(choices(group))}" for group in missing])
+    experiment = explicit.get("experiment")
+    if experiment and cfg.chain is None and (cfg.stage is None or "_target_" not in cfg.stage):
+        raise ConfigError(
+            f"experiment={experiment} changes the options of a stage and chooses none: "
+            f"set {either([f'stage={name}' for name in choices('stage')])} too"
+        )
 
 
 def default_name(cfg: DictConfig) -> str | None:
@@ -87,36 +126,66 @@ def explicit_keys(overrides: Sequence[str]) -> dict[str, str]:
 
 def _adopt_checkpoints(cfg: DictConfig, explicit: dict[str, str]) -> None:
     if cfg.stage.name == "pretrain" and cfg.tokenizer.get("checkpoint"):
-        saved = _config_of(cfg.tokenizer.checkpoint, "tokenizer.checkpoint")
-        _adopt(cfg, "tokenizer", saved, explicit, "tokenizer.checkpoint")
+        key = "tokenizer.checkpoint"
+        saved = _config_of(cfg.tokenizer.checkpoint, key)
+        _raise_if(_adopt(cfg, "tokenizer", saved, explicit, key))
     if cfg.stage.name == "knn" and cfg.init_from:
-        saved = _config_of(cfg.init_from, "init_from")
-        _adopt(cfg, "model", saved, explicit, "init_from")
-        if "image_size" not in explicit:
-            cfg.image_size = saved["image_size"]
+        key = "init_from"
+        saved = _config_of(cfg.init_from, key)
+        faults = _adopt(cfg, "model", saved, explicit, key)
+        given = {k: OmegaConf.select(cfg, k) for k in explicit if k.startswith("data.normalize")}
+        if "image_size" in explicit:
+            given["image_size"] = pair(cfg.image_size)
+        cfg.image_size = pair(saved["image_size"])
         cfg.data.normalize = saved["data"]["normalize"]
+        faults += _disagreement(cfg, given, explicit, key)
+        _raise_if(faults)
+
+
+def _raise_if(faults: Sequence[str]) -> None:
+    if faults:
+        raise ConfigError(faults)
 
 
 def _config_of(path: str, key: str) -> dict[str, Any]:
-    from beit_pretrain.checkpoint import record  # brings torch, which --help and a mistyped key need not wait for
+    from beit_pretrain.checkpoint import (
+        record,
+    )  # brings torch, which --help and a mistyped key need not wait for
 
     return record.read(Path(path), key=key)["beit_pretrain"]["config"]
 
 
-def _adopt(cfg: DictConfig, node: str, saved: dict[str, Any], explicit: dict[str, str], key: str) -> None:
-    """Overwrite a node by the checkpoint's; what the user set by hand must agree with it."""
+def _adopt(
+    cfg: DictConfig, node: str, saved: dict[str, Any], explicit: dict[str, str], key: str
+) -> list[str]:
+    """Replace a node by the checkpoint's; returns where it disagrees with what the user set by hand."""
     if node not in saved:
-        raise ConfigError(f"{key}: the checkpoint's configuration has no {node}")
+        return [f"{key}: the checkpoint's configuration has no {node}"]
     faults = []
-    for name, value in saved[node].items():
-        if name in NOT_ADOPTED:
-            continue
-        given = explicit.get(f"{node}.{name}")
-        if given is not None and OmegaConf.create({"v": OmegaConf.select(cfg, f"{node}.{name}")}).v != value:
-            faults.append(f"{node}.{name}={given}, but {key} was made with {value}: leave {node}.{name} out")
-        cfg[node][name] = value
-    if faults:
-        raise ConfigError(faults)
+    if node in explicit and explicit[node] != saved[node].get("name"):
+        faults = [
+            f"{node}={explicit[node]}, but {key} was made with {saved[node].get('name')}: leave {node}= out"
+        ]
+    own = {k: v for k, v in cfg[node].items() if k in NOT_ADOPTED}
+    given = {k: OmegaConf.select(cfg, k) for k in explicit if k.startswith(f"{node}.")}
+    # Not key by key: what only the default choice has would be left in.
+    cfg[node] = {**{k: v for k, v in saved[node].items() if k not in NOT_ADOPTED}, **own}
+    return faults + _disagreement(cfg, given, explicit, key)
+
+
+def _disagreement(cfg: DictConfig, given: dict[str, Any], explicit: dict[str, str], key: str) -> list[str]:
+    """Values that the user set by hand and the checkpoint knows better."""
+    faults = []
+    for name, value in given.items():
+        adopted = OmegaConf.select(cfg, name)
+        # [32, 32] from a checkpoint is the 32 that a user types.
+        if value != adopted and not (OmegaConf.is_list(adopted) and pair_or_none(value) == list(adopted)):
+            faults.append(f"{name}={explicit[name]}, but {key} was made with {adopted}: leave {name} out")
+    return faults
+
+
+def pair_or_none(size: Any) -> list[int] | None:
+    return pair(size) if isinstance(size, int) else None
 
 
 def flat_keys(node: Any, prefix: str = "") -> Iterator[str]:
@@ -130,11 +199,19 @@ def flat_keys(node: Any, prefix: str = "") -> Iterator[str]:
                 yield from flat_keys(child, f"{name}.")
 
 
+def choices(group: str) -> list[str]:
+    """What can be chosen for a group."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
 def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    """A hint at the known name that was meant; a key may lack its group, as `lr` for `stage.optim.lr`."""
+    tail = word.split(".")[-1]
+    same = [k for k in known if k.split(".")[-1] == tail]
+    close = difflib.get_close_matches(word, same or known, n=1, cutoff=0.0 if same else 0.5)
     if not close:
-        # A short key given without its group: `lr` for `stage.optim.lr`.
-        close = [k for k in known if k.split(".")[-1] == word.split(".")[-1]][:1]
+        alike = difflib.get_close_matches(tail, [k.split(".")[-1] for k in known], n=1, cutoff=0.7)
+        close = [k for k in known if k.split(".")[-1] in alike]
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -143,52 +220,88 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        options = list(error.options or [])
-        return f"{group}={choice}: there is no such choice{_nearest(choice, options)} (known: {', '.join(options)})"
-    if found := re.search(r"Could not override '([^']+)'", text):
-        key = found.group(1)
-        return f"{key}: there is no such option{_nearest(key, _known_keys(overrides, key))}"
-    if found := re.search(r"Key '([^']+)' not in|Could not (?:append|delete)[^']*'([^']+)'", text):
-        key = found.group(1) or found.group(2)
-        return f"{key}: there is no such option{_nearest(key, _known_keys(overrides, key))}"
-    return text
+        return _no_choice(group, choice, list(error.options or []))
+    if malformed := _malformed(error, text, overrides):
+        return malformed
+    found = re.search(r"Could not override '([^']+)'", text) or re.search(
+        r"Key '([^']+)' not in|Could not (?:append|delete)[^']*'([^']+)'", text
+    )
+    if found:
+        key = next(name for name in found.groups() if name)
+        known = _known_keys(overrides)
+        if key.startswith("stage.") and not any(k.startswith("stage.") for k in known):
+            return (
+                f"{key} is an option of a stage: set {either([f'stage={n}' for n in choices('stage')])} too"
+            )
+        return f"{key}: there is no such option{_nearest(key, known)}"
+    what, _, where = text.partition(" full_key: ")
+    return f"{where.split(' ')[0]}: {what}" if where else text
 
 
-def _known_keys(overrides: Sequence[str], bad: str) -> list[str]:
-    """The keys there would be without the bad override."""
-    good = [o for o in overrides if o.split("=", 1)[0].lstrip("+~") != bad]
+def _no_choice(group: str, choice: str, known: Sequence[str]) -> str:
+    return f"{group}={choice}: there is no such choice{_nearest(choice, known)} (known: {', '.join(known)})"
+
+
+def _malformed(error: Exception, text: str, overrides: Sequence[str]) -> str | None:
+    """What is wrong with the writing of an override, if that is the matter."""
+    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        key, _, value = found.group(1).partition("=")
+        return (
+            f"{key}={value}: several values; write '{key}=[{value}]' for a list, or beit-train -m to try each"
+        )
+    for override in [error.override] if isinstance(error, OverrideParseException) else overrides:
+        key, equals, value = str(override).partition("=")
+        bare = key.lstrip("+~")
+        if not bare or (not equals and not key.startswith("~")):
+            hint = f", such as {bare}={choices(bare)[0]}" if bare and _is_group(bare) else ""
+            return f"{override}: an option is written key=value{hint}"
+        if isinstance(error, OverrideParseException):
+            return (
+                f"{override}: the value cannot be read; quote one with spaces, commas, brackets or = in it: "
+                f"'{key}=\"{value}\"'"
+            )
+        if "group override must be" in text and _is_group(bare) and value not in choices(bare):
+            return _no_choice(bare, value, choices(bare))
+    return None
+
+
+def _known_keys(overrides: Sequence[str]) -> list[str]:
+    """The keys there are with the groups that were chosen."""
     try:
-        with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
-            return list(flat_keys(hydra_compose("train", overrides=good)))
+        return list(flat_keys(_composed(_group_choices(overrides))))
     except (HydraException, OmegaConfBaseException):
         return []
 
 
+def _group_choices(overrides: Sequence[str]) -> list[str]:
+    return [o for o in overrides if _is_group(o.split("=", 1)[0].lstrip("+~"))]
+
+
 def recipe_diff(cfg: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
-    """What a run changed against its recipe (the chosen groups without single keys): key, recipe, this run."""
+    """What a run changed against its recipe (the chosen groups without single keys): key, recipe, this run.
+
+    Values are compared before interpolation: a changed image_size shows once and not wherever it is used.
+    """
     register_resolvers()
-    groups = [o for o in overrides if "." not in (k := o.split("=", 1)[0].lstrip("+~")) and _is_group(k)]
-    with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
-        recipe = hydra_compose("train", overrides=groups)
+    recipe = _composed(_group_choices(overrides))
+    theirs, ours = (dict(_flat(OmegaConf.to_container(c, resolve=False))) for c in (recipe, cfg))
     rows = []
-    for key in flat_keys(cfg):
+    for key in [*ours, *(k for k in theirs if k not in ours)]:
         if key.split(".")[0] in {"name", "run_dir", "runs", "resume_step", "logger", "dry_run", "overwrite"}:
             continue
-        ours, theirs = (_raw(c, key) for c in (cfg, recipe))
-        if ours != theirs and not isinstance(ours, dict):
-            rows.append([key, str(theirs), str(ours)])
+        if ours.get(key) != theirs.get(key):
+            rows.append([key, str(theirs.get(key)), str(ours.get(key))])
     return rows
 
 
-def _raw(cfg: DictConfig, key: str) -> Any:
-    """A value before interpolation (so that a changed image_size shows once, not wherever it is used)."""
-    node: Any = OmegaConf.to_container(cfg, resolve=False)
-    for part in key.split("."):
-        if not isinstance(node, dict) or part not in node:
-            return None
-        node = node[part]
-    return node
+def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of plain containers; lists are values."""
+    for name, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _is_group(name: str) -> bool:
-    return (config_dir() / name).is_dir()
+    return "." not in name and (config_dir() / name).is_dir()

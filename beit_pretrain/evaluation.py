@@ -7,6 +7,8 @@ S supporting images, Q queried images, D width, K neighbours, C classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,48 @@ from torch import Tensor, nn
 from beit_pretrain.errors import ConfigError
 
 _SIMILARITIES = 2**24  # similarities held at once: 64 MiB of float32
+
+
+class Encoder(Protocol):
+    """What is asked of an encoder here."""
+
+    @property
+    def depth(self) -> int: ...
+
+    def features(self, image: Tensor, blocks: Sequence[int]) -> list[Tensor]: ...
+
+
+class Labelled(Protocol):
+    """A batch with images (B, 3, H, W) uint8 and labels (B,)."""
+
+    @property
+    def image(self) -> Tensor: ...
+
+    @property
+    def label(self) -> Tensor: ...
+
+
+@torch.no_grad()
+def block_features(
+    encoder: Encoder,
+    normalize: Callable[[Tensor], Tensor],
+    loader: Iterable[Labelled],
+    device: torch.device,
+) -> tuple[list[Tensor], Tensor]:
+    """Mean over the patch tokens (CLS left out) after each block, and the labels, of a loader's images.
+
+    One (S, D) float32 tensor per block and labels (S,), on the CPU. The encoder is left in the mode it is in:
+    call it in evaluation mode.
+    """
+    blocks = range(encoder.depth)
+    rows: list[Tensor] = []
+    labels: list[Tensor] = []
+    for batch in loader:
+        image = normalize(batch.image.to(device, non_blocking=True))  # (B, 3, H, W)
+        tokens = encoder.features(image, blocks)  # depth x (B, L, D)
+        rows.append(torch.stack([t[:, 1:].float().mean(1) for t in tokens]).cpu())  # (depth, B, D)
+        labels.append(batch.label.cpu())
+    return list(torch.cat(rows, dim=1)), torch.cat(labels)
 
 
 @torch.no_grad()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from beit_pretrain.checkpoint import files
 from beit_pretrain.compose import flat_keys
-from beit_pretrain.errors import BeitError, ConfigError
-from omegaconf import DictConfig, OmegaConf
+from beit_pretrain.errors import BeitError, CheckpointError, ConfigError
 
 HEARTBEAT = 15.0  # seconds between touches of the lock
 STALE = 120.0  # seconds without one after which another machine's lock is taken over
@@ -27,6 +29,7 @@ HARMLESS = (
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.compile",
+    "stage.compile",
     "micro_batch_size",
     "data.workers",
     "logger",
@@ -37,11 +40,22 @@ HARMLESS = (
     "model.checkpointing",
     "tokenizer.cache",
     "tokenizer.offline",
-    "tokenizer.checkpoint",
-    "init_from",
 )
+# Where weights come from: harmless if only the place is another.
+SOURCES = ("tokenizer.checkpoint", "init_from")
 # Not part of a run at all.
-IGNORED = ("name", "runs", "run_dir", "overwrite", "debug", "dry_run", "resume_step", "chain", "experiment")
+IGNORED = (
+    "name",
+    "runs",
+    "run_dir",
+    "stage.run_dir",
+    "overwrite",
+    "debug",
+    "dry_run",
+    "resume_step",
+    "chain",
+    "experiment",
+)
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -64,14 +78,33 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str],
     """Keys in which two configurations differ: those that may, and those that may not (`key: before -> now`)."""
     old, new = _flat(before), _flat(now)
     harmless, harmful = [], []
+    scores = now.get("mode") == "evaluate" or (now.get("stage") or {}).get("name") == "knn"
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) == new.get(key) or _under(key, IGNORED):
             continue
         line = f"{key}: {old.get(key)} -> {new.get(key)}"
         longer = key == "stage.epochs" and (new.get(key) or 0) > (old.get(key) or 0)
-        # What init_from gave lies in the checkpoints by now.
-        (harmless if longer or _under(key, HARMLESS) else harmful).append(line)
+        moved = key in SOURCES and _only_moved(old.get(key), new.get(key), scores)
+        (harmless if longer or moved or _under(key, HARMLESS) else harmful).append(line)
     return harmless, harmful
+
+
+def _only_moved(before: str | None, now: str | None, scores: bool) -> bool:
+    """Whether two paths hold the same weights, as far as they are still there.
+
+    A training run that goes on has its weights from its own checkpoint, and compares a tokenizer's with what that
+    remembers, so the old file may be gone; a score is one of the file it names.
+    """
+    if before is None or now is None:
+        return False
+    try:
+        old = files.resolve(Path(before))
+    except CheckpointError:
+        return not scores
+    try:
+        return files.sha256(old) == files.sha256(files.resolve(Path(now)))
+    except CheckpointError:
+        return False
 
 
 class RunFolder:
@@ -80,6 +113,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stop = threading.Event()
+        self._mine = ""
 
     @property
     def config_file(self) -> Path:
@@ -90,33 +124,48 @@ class RunFolder:
         return self.path / ".lock"
 
     def __enter__(self) -> RunFolder:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir={self.path} cannot be written ({error.strerror}): set runs or name to another place"
+            ) from error
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self.lock_file.unlink(missing_ok=True)
+        # Not the lock of one that took a stalled run's folder over.
+        with suppress(FileNotFoundError):
+            if self.lock_file.read_text() == self._mine:
+                self.lock_file.unlink()
 
     def _take_lock(self) -> None:
-        mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())})
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        self._mine = json.dumps(me)
         for _ in range(2):
             try:
                 descriptor = os.open(self.lock_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
             except FileExistsError:
-                holder = self._holder()
-                if holder is not None:
+                if (holder := self._holder()) is not None:
                     raise BeitError(
                         f"{self.path} is being written by process {holder['pid']} on {holder['host']}; "
                         f"wait for it, or give this run another name="
                     ) from None
-                self.lock_file.unlink(missing_ok=True)
+                self._remove_stale()
                 continue
             with os.fdopen(descriptor, "w") as file:
-                file.write(mine)
+                file.write(self._mine)
             return
         raise BeitError(f"{self.path}: another process took the folder at the same moment; try again")
+
+    def _remove_stale(self) -> None:
+        """Remove the lock of a writer that is gone, unless another process has just done so and locked anew."""
+        with suppress(FileNotFoundError), self.lock_file.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if self.lock_file.stat().st_ino == os.fstat(file.fileno()).st_ino and self._holder() is None:
+                self.lock_file.unlink()
 
     def _holder(self) -> dict[str, Any] | None:
         """Who holds the lock, or None if whoever made it is gone."""
@@ -149,7 +198,7 @@ class RunFolder:
 
     def compare(self, config: dict[str, Any]) -> list[str]:
         """Harmless differences to the run that lies here (none if it is new); harmful ones are refused."""
-        if not self.config_file.exists():
+        if not self.config_file.exists() or not self._holds_results():
             return []
         before = yaml.safe_load(self.config_file.read_text())
         harmless, harmful = differences(before, config)
@@ -159,6 +208,10 @@ class RunFolder:
                 "give this one another name=, or overwrite=true to throw the old one away"
             )
         return harmless
+
+    def _holds_results(self) -> bool:
+        """Whether there is anything to go on from: a start that failed at once leaves its configuration only."""
+        return any((self.path / "checkpoints").glob("*.ckpt")) or (self.path / "results.json").exists()
 
     def write_config(self, config: dict[str, Any]) -> None:
         files.write_text(self.config_file, yaml.safe_dump(config, sort_keys=False))

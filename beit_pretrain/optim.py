@@ -6,7 +6,7 @@ Everything here is a function of its arguments; the schedules know the step and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,8 @@ class Recipe:
     decay_rel_pos: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))  # yaml gives a list
+        if isinstance(self.betas, Sequence):  # yaml gives a list
+            object.__setattr__(self, "betas", tuple(self.betas))
         faults = [
             f"stage.optim.{key}={getattr(self, key)}: must be {needed}"
             for key, (holds, needed) in _LIMITS.items()
@@ -72,6 +73,10 @@ def _above_zero(value: Any) -> bool:
     return _number(value) and value > 0
 
 
+def _two_rates(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(_at_least_zero(b) and b < 1 for b in value)
+
+
 _OPTIONAL = ("warmup_steps", "weight_decay_end", "clip")
 _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (_above_zero, "a number above 0"),
@@ -80,7 +85,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "warmup_steps": (lambda v: _at_least_zero(v) and v == int(v), "a whole number from 0, or null"),
     "weight_decay": (_at_least_zero, "a number from 0"),
     "weight_decay_end": (_at_least_zero, "a number from 0, or null to keep weight_decay"),
-    "betas": (lambda v: len(v) == 2 and all(_at_least_zero(b) and b < 1 for b in v), "two numbers in [0, 1)"),
+    "betas": (_two_rates, "two numbers in [0, 1)"),
     "eps": (_above_zero, "a number above 0"),
     "clip": (_above_zero, "a number above 0, or null for no clipping"),
     "layer_decay": (lambda v: _above_zero(v) and v <= 1, "a number above 0 and at most 1"),

@@ -84,9 +84,10 @@ def _train(cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> Result
         cfg.resume_step = int(resume.stem.removeprefix("step-")) if resume else None
     stage, data, trainer = build(cfg, config)
     if cfg.mode == "fit":
-        trainer.fit(stage, datamodule=data, ckpt_path=resume)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        try:
+            trainer.fit(stage, datamodule=data, ckpt_path=resume)
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from None
     else:
         trainer.validate(stage, datamodule=data, verbose=False)
     earlier = _earlier_seconds(folder.path) if resume else 0.0
@@ -194,6 +195,8 @@ def _knn(cfg: DictConfig) -> Results:
     saved = record.read(Path(cfg.init_from), key="init_from")
     load_strictly(encoders["trained"], record.part(saved, "encoder", key="init_from"), "init_from")
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in cfg.data.normalize.values())
+    with open_dict(cfg):
+        cfg.batch_size, cfg.micro_batch_size = min(cfg.batch_size, 128), None  # a pass forward, no update
     data = build_data(cfg, views=None, eval_views=None)
     scores = _make(cfg.stage).score(encoders, lambda image: (image / 255 - mean) / std, data, device)
     knn = {
@@ -238,7 +241,9 @@ def _several(t: DictConfig) -> bool:
         return True
     if t.devices == "auto":
         return t.accelerator != "cpu" and torch.cuda.device_count() > 1
-    return isinstance(t.devices, int) and (t.devices > 1 or (t.devices == -1 and torch.cuda.device_count() > 1))
+    return isinstance(t.devices, int) and (
+        t.devices > 1 or (t.devices == -1 and torch.cuda.device_count() > 1)
+    )
 
 
 def _precision(asked: Any, accelerator: str) -> Any:
@@ -250,7 +255,11 @@ def _precision(asked: Any, accelerator: str) -> Any:
 
 
 def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
 
 
 def _make(node: DictConfig, drop: Sequence[str] = ("name",), **more: Any) -> Any:

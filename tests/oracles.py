@@ -114,8 +114,8 @@ def hugging_face_twin(
         use_shared_relative_position_bias=True,
         layer_scale_init_value=0.1,
         drop_path_rate=0.0,
-        attn_implementation="eager",
     )
+    config._attn_implementation = "eager"
     twin = BeitForMaskedImageModeling(config)
     bias: Any = twin.beit.shared_position_bias
     if image_size[0] != image_size[1]:
@@ -137,7 +137,7 @@ def hugging_face_twin(
 
 def _plain_lookup(bias: BeitRelativePositionBias, grid: tuple[int, int]) -> Any:
     # Transformers resizes every table, to its own grid too, and swaps rows and columns on the way: nothing
-    # happens on square grids, others are scrambled. Compared here is the layout, so its index reads the table.
+    # happens on square grids, others are scrambled. Compared here is the layout: its index reads the table.
     index = bias.generate_relative_position_index(grid)
 
     def forward(window_size: tuple[int, int], **_: Any) -> Tensor:

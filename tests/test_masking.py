@@ -234,11 +234,11 @@ def test_random_masks_refuse_an_impossible_count_too() -> None:
         RandomMask(grid=(4, 3), count=20)
 
 
-@pytest.mark.parametrize("rows", range(2, 7))
+@pytest.mark.parametrize("rows", range(1, 7))
 @pytest.mark.parametrize("aspect", [0.1, 0.3, 1.0])
 def test_a_block_is_called_impossible_only_when_it_is(rows: int, aspect: float) -> None:
     """Against trying every aspect on a fine scale."""
-    for cols in range(2, 9):
+    for cols in range(1, 9):
         for min_block in range(1, rows * cols - 1):
             tried = np.exp(np.linspace(np.log(aspect), -np.log(aspect), 2001))
             height, width = np.rint(np.sqrt(min_block * tried)), np.rint(np.sqrt(min_block / tried))

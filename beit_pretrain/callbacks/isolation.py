@@ -13,22 +13,13 @@ from lightning.pytorch import LightningModule, Trainer
 
 @contextmanager
 def isolated(trainer: Trainer, stage: LightningModule) -> Iterator[None]:
-    """Evaluation mode, no gradients, the run's precision; afterwards modes and random states are as before.
-
-    Inference mode, in which Lightning validates, is switched off: a tensor that a model keeps from in here
-    (a resized bias, say) must remain usable in training.
-    """
+    """Evaluation mode, no gradients, the run's precision; afterwards modes and random states are as before."""
     modes = [(module, module.training) for module in stage.modules()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [stage.device] if stage.device.type == "cuda" else []
     stage.eval()
     try:
-        with (
-            torch.random.fork_rng(devices),
-            torch.inference_mode(False),
-            torch.no_grad(),
-            trainer.precision_plugin.val_step_context(),
-        ):
+        with torch.random.fork_rng(devices), torch.no_grad(), trainer.precision_plugin.val_step_context():
             yield
     finally:
         for module, training in modes:

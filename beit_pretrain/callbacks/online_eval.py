@@ -5,7 +5,7 @@ Letters: B images, L = 1 + N tokens, D width, S images in all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -14,26 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from beit_pretrain.callbacks.isolation import due, isolated
-from beit_pretrain.evaluation import knn_accuracy
-
-
-class Encoder(Protocol):
-    """What is asked of an encoder here."""
-
-    @property
-    def depth(self) -> int: ...
-
-    def features(self, image: Tensor, blocks: Sequence[int]) -> list[Tensor]: ...
-
-
-class _Labelled(Protocol):
-    """A batch with images (B, 3, H, W) uint8 and labels (B,)."""
-
-    @property
-    def image(self) -> Tensor: ...
-
-    @property
-    def label(self) -> Tensor: ...
+from beit_pretrain.evaluation import Encoder, Labelled, block_features, knn_accuracy
 
 
 class _Stage(Protocol):
@@ -45,28 +26,6 @@ class _Stage(Protocol):
     def normalize(self, image: Tensor) -> Tensor: ...
 
     def log_metrics(self, metrics: dict[str, float]) -> None: ...
-
-
-def block_features(
-    encoder: Encoder,
-    normalize: Callable[[Tensor], Tensor],
-    loader: Iterable[_Labelled],
-    device: torch.device,
-) -> tuple[list[Tensor], Tensor]:
-    """Mean over the patch tokens (CLS left out) after each block, and the labels, of a loader's images.
-
-    One (S, D) float32 tensor per block and labels (S,), on the CPU. Call it in evaluation mode and without
-    gradients.
-    """
-    blocks = range(encoder.depth)
-    rows: list[Tensor] = []
-    labels: list[Tensor] = []
-    for batch in loader:
-        image = normalize(batch.image.to(device, non_blocking=True))  # (B, 3, H, W)
-        tokens = encoder.features(image, blocks)  # depth x (B, L, D)
-        rows.append(torch.stack([t[:, 1:].float().mean(1) for t in tokens]).cpu())  # (depth, B, D)
-        labels.append(batch.label.cpu())
-    return list(torch.cat(rows, dim=1)), torch.cat(labels)
 
 
 class OnlineKnn(Callback):
@@ -124,7 +83,7 @@ class OnlineKnn(Callback):
             return
         stage.log_metrics(self._score(support, query, pl_module.device))
 
-    def _loader(self, trainer: Trainer, split: str) -> Iterable[_Labelled] | None:
+    def _loader(self, trainer: Trainer, split: str) -> Iterable[Labelled] | None:
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         return data.labelled(split, image_size=self.image_size, limit=self.limit, crop_pct=self.crop_pct)
 

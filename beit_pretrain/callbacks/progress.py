@@ -143,8 +143,11 @@ class Progress(ProgressBar):
 
     def _open(self) -> None:
         self._drawn = -math.inf
-        if self._enabled and self._live is None and sys.stderr.isatty():
-            self._live = Live(console=Console(stderr=True), auto_refresh=False)
+        if not self._enabled or self._live is not None:
+            return
+        console = Console(stderr=True)
+        if sys.stderr.isatty() and not console.is_dumb_terminal:
+            self._live = Live(console=console, auto_refresh=False)
             self._live.start()
 
     def _close(self) -> None:

@@ -49,6 +49,7 @@ class WandbLog(WandbLogger):
             group=group,
             tags=list(tags) if tags else None,
         )
+        del self._wandb_init["anonymous"]  # Lightning still passes it on, W&B warns that it is gone
         if rank_zero_only.rank == 0 and not _logged_in():
             self._go_offline("no W&B credentials found (`wandb login`, or WANDB_API_KEY)")
 

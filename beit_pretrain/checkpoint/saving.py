@@ -69,7 +69,9 @@ class SaveCheckpoints(Checkpoint):
         if not due and self.every_minutes is not None:
             late = time.monotonic() - self._written >= 60 * self.every_minutes
             # Clocks differ between ranks, saving needs them all.
-            due = trainer.strategy.reduce_boolean_decision(late, all=False) if trainer.world_size > 1 else late
+            due = (
+                trainer.strategy.reduce_boolean_decision(late, all=False) if trainer.world_size > 1 else late
+            )
         if due:
             self._save(trainer, best=False)
 

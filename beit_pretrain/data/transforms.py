@@ -240,10 +240,8 @@ class EvalView:
     def __call__(self, image: Tensor, key: int) -> Crops:
         del key
         (height, width), (rows, cols) = image.shape[1:], self.cover
-        if rows * width >= cols * height:  # the height binds
-            covering = rows, rows * width // height
-        else:
-            covering = cols * height // width, cols
+        # Whichever side binds keeps its length; the other follows, cut to whole pixels, and is never too short.
+        covering = max(rows, cols * height // width), max(cols, rows * width // height)
         resized = resize(image, covering, "bicubic")
         top = round((covering[0] - self.image_size[0]) / 2)
         left = round((covering[1] - self.image_size[1]) / 2)

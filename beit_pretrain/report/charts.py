@@ -12,10 +12,11 @@ from beit_pretrain.report.folder import Run, Series, number, rows
 
 
 def run_charts(run: Run) -> list[Chart]:
-    """The charts of training, in the order of the page."""
+    """The charts of training, in the order of the page; one with a single point of each line says nothing."""
     made = (loss(run), accuracy(run), reconstruction(run), divergence(run), temperature(run), perplexity(run))
     made += (codebook(run), knn_while_training(run), learning_rate(run), gradient_norm(run))
-    return [chart for chart in (*made, speed(run), waiting(run)) if chart is not None]
+    found = [chart for chart in (*made, speed(run), waiting(run)) if chart is not None]
+    return [chart for chart in found if max(len(line.series.value) for line in chart.lines) > 1]
 
 
 def loss(run: Run) -> Chart | None:
@@ -39,15 +40,12 @@ def accuracy(run: Run) -> Chart | None:
 
 
 def reconstruction(run: Run) -> Chart | None:
-    lines = [
-        *_line(run, "train/recon", "training", smooth=True),
-        *_line(run, "val/recon", "held-out", colour="heldout", markers=True),
-    ]
+    lines = _both(run, "recon")
     return Chart(title="Reconstruction loss", lines=lines) if lines else None
 
 
 def divergence(run: Run) -> Chart | None:
-    lines = _line(run, "train/kl", "training", smooth=True)
+    lines = _both(run, "kl")
     return Chart(title="KL to uniform", lines=lines, note="nats") if lines else None
 
 
@@ -57,13 +55,17 @@ def temperature(run: Run) -> Chart | None:
 
 
 def perplexity(run: Run) -> Chart | None:
-    lines = _line(run, "train/perplexity", "training", smooth=True)
+    lines = _both(run, "perplexity")
     return Chart(title="Perplexity of the ids", lines=lines, zero=True) if lines else None
 
 
 def codebook(run: Run) -> Chart | None:
-    lines = _line(run, "train/codebook_use", "codes in use", smooth=True)
-    return Chart(title="Codebook use", lines=lines, percent=True, zero=True) if lines else None
+    lines = _both(run, "codebook_use")
+    return (
+        Chart(title="Codebook use", lines=lines, percent=True, zero=True, note="share of the codes")
+        if lines
+        else None
+    )
 
 
 def knn_while_training(run: Run) -> Chart | None:
@@ -175,7 +177,8 @@ def _baselines(run: Run, name: str) -> tuple[list[Line], list[Level]]:
     """The per-position baseline as it was logged (else its final value) and the global one."""
     lines = _line(run, f"train/baseline_{name}", "per-position baseline", colour="baseline", dash="dashed")
     pairs = [("global", "global baseline", "dotted")]
-    if not lines:
+    if not lines or len(lines[0].series.value) == 1:  # a single point is no line to compare with
+        lines = []
         pairs.insert(0, ("position", "per-position baseline", "dashed"))
     known = [(run.number("baseline", f"{name}_{key}"), label, dash) for key, label, dash in pairs]
     return lines, [

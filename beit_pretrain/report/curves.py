@@ -117,7 +117,7 @@ def thin(series: Series, buckets: int = BUCKETS) -> tuple[Series, Series]:
 
 
 def moving_average(values: np.ndarray, window: float) -> np.ndarray:
-    """Exponential moving average over about `window` values on either side.
+    """Exponential moving average over about `window` (at least 1) values on either side.
 
     The mean of one pass forwards and one backwards, each corrected for its start as Adam's moments are: a
     single pass would lag behind a falling loss and place it above the held-out one.
@@ -136,11 +136,22 @@ def _one_way(values: np.ndarray, window: float) -> np.ndarray:
     return smooth
 
 
+def common_range(values: np.ndarray) -> np.ndarray:
+    """(lowest, highest) without the outermost hundredth at each end, of few values without at least one."""
+    return np.array([np.percentile(values, 1, method="higher"), np.percentile(values, 99, method="lower")])
+
+
+def tame(values: np.ndarray) -> np.ndarray:
+    """Values cut at three times their common range, so that a wild one does not bend an average."""
+    low, high = common_range(values)
+    return np.clip(values, low - (high - low), high + (high - low))
+
+
 def draw(chart: Chart) -> str:
     """The chart as an `<svg>` element."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": chart.title}):
         figure = Figure(figsize=(5.2, 2.45), facecolor="none")
-        axes = figure.add_axes((0.095, 0.1, 0.87, 0.875), facecolor="none")
+        axes = figure.add_axes((0.118, 0.1, 0.847, 0.875), facecolor="none")
         if chart.log:
             axes.set_yscale("log")
         for level in chart.levels:
@@ -166,10 +177,14 @@ def _draw_line(axes: Axes, line: Line, *, log: bool) -> np.ndarray:
     width = 0.9 if line.quiet else 1.5
     if line.smooth and len(means.value) >= 20:
         axes.plot(*extremes, color=colour, alpha=0.25, linewidth=0.7, zorder=2)
-        smooth = moving_average(means.value, len(means.value) / 40)
+        window = max(3.0, len(means.value) / 40)
+        if log:
+            smooth = np.exp(moving_average(np.log(means.value), window))
+        else:
+            smooth = moving_average(tame(means.value), window)
         axes.plot(means.step, smooth, color=colour, linewidth=width, linestyle=DASHES[line.dash], zorder=3)
-        span = (0, 100) if log else (0.5, 99.5)  # a linear axis is not squashed by one wild step
-        return np.concatenate([smooth, np.percentile(extremes.value, span)])
+        # The trace of a wild step runs out of a linear chart, which shows the rest at its own scale.
+        return np.concatenate([smooth, extremes.value if log else common_range(extremes.value)])
     few = len(series.value) <= 40
     marker = {"marker": "o", "markersize": 3.2} if (line.markers and few) or len(series.value) == 1 else {}
     axes.plot(*extremes, color=colour, linewidth=width, linestyle=DASHES[line.dash], zorder=3, **marker)

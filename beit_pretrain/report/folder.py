@@ -142,7 +142,12 @@ def _columns(rows: Any, path: Path) -> dict[str, Series]:
             if row[index]:
                 steps[name].append(step)
                 values[name].append(float(row[index]))
-    return {name: Series(np.array(steps[name]), np.array(values[name])) for name in values if values[name]}
+    # frombuffer shares the memory: a log of a million steps is large enough once
+    return {
+        name: Series(np.frombuffer(steps[name]), np.frombuffer(values[name]))
+        for name in values
+        if values[name]
+    }
 
 
 def _read_results(path: Path) -> Mapping[str, Any]:

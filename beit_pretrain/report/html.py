@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -143,10 +144,14 @@ def _step(sheet: Path) -> str:
 
 
 def _render(template: str, **values: Any) -> str:
-    loader = FileSystemLoader(HERE)
-    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     style = Markup((HERE / "style.css").read_text(encoding="utf-8"))
-    return pages.get_template(template).render(style=style, **values)
+    return _templates().get_template(template).render(style=style, **values)
+
+
+@cache
+def _templates() -> Environment:
+    loader = FileSystemLoader(HERE)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 
 
 def _write(path: Path, page: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -67,20 +68,25 @@ def _result_tiles(run: Run) -> Iterator[Tile]:
         yield Tile(
             "kNN accuracy", percent(knn), "" if best is None else f"block {best:.0f}, chosen on validation"
         )
-    for key, base in (("loss", "loss_position"), ("accuracy", "accuracy_position")):
-        value = run.metric(f"val/{key}")
-        if value is not None:
-            say = percent if key == "accuracy" else compact
-            against = run.number("baseline", base)
-            yield Tile(f"held-out {key}", say(value), "" if against is None else f"baseline {say(against)}")
     recon, training = run.metric("val/recon"), run.metric("train/loss")
     if recon is not None:
-        yield Tile("held-out reconstruction", compact(recon), "loss")
-    elif training is not None and run.metric("val/loss") is None:
+        yield Tile("held-out loss", compact(recon), "of the reconstruction")
+    elif run.metric("val/loss") is not None:
+        yield from _held_out_tiles(run)
+    elif training is not None:
         yield Tile("training loss", compact(training), "last logged step")
-    use = run.metric("train/codebook_use")
-    if use is not None:
-        yield Tile("codebook use", percent(use), "of the codes, at the end")
+    for split, images in (("val", "held-out"), ("train", "training")):
+        use = run.metric(f"{split}/codebook_use")
+        if use is not None:
+            yield Tile("codebook use", percent(use), f"of the codes, on {images} images")
+            break
+
+
+def _held_out_tiles(run: Run) -> Iterator[Tile]:
+    for key, say in (("loss", compact), ("accuracy", percent)):
+        value, against = run.metric(f"val/{key}"), run.number("baseline", f"{key}_position")
+        if value is not None:
+            yield Tile(f"held-out {key}", say(value), "" if against is None else f"baseline {say(against)}")
 
 
 def _size_tiles(run: Run) -> Iterator[Tile]:
@@ -118,8 +124,8 @@ def held_out(run: Run) -> HeldOut | None:
     if not table or all(value is None for value in model.values()):
         return None
     errors = {key: run.metric(f"val/{key}_se") for key in model}
-    loss = _with_error(model["loss"], errors["loss"], compact)
-    ours = ["This model, held-out images", loss, _with_error(model["accuracy"], errors["accuracy"], percent)]
+    ours = ["This model, held-out images", _with_error(model["loss"], errors["loss"], compact)]
+    ours.append(_with_error(model["accuracy"], errors["accuracy"], percent, scale=100, unit="%"))
     sentences = [_verdict(key, model[key], base[key], z[key]) for key in model]
     return HeldOut([[*ours, "", ""], *table], [sentence for sentence in sentences if sentence])
 
@@ -208,5 +214,11 @@ def _cell(value: float | None, say: Callable[[float], str]) -> str:
     return "" if value is None else say(value)
 
 
-def _with_error(value: float | None, error: float | None, say: Callable[[float], str]) -> str:
-    return _cell(value, say) if value is None or error is None else f"{say(value)} ± {say(error)}"
+def _with_error(
+    value: float | None, error: float | None, say: Callable[[float], str], *, scale: float = 1, unit: str = ""
+) -> str:
+    """Value and standard error, both to the error's second digit; the value alone if there is no error."""
+    if value is None or not error:
+        return _cell(value, say)
+    digits = max(0, 1 - math.floor(math.log10(scale * error)))
+    return f"{scale * value:.{digits}f} ± {scale * error:.{digits}f}{unit}"

@@ -86,18 +86,22 @@ class Stage(LightningModule, ABC):
         self.steps_per_epoch = 0
         self.batch_size = 0
         shape = (1, 3, 1, 1)
+        self.mean: Tensor
+        self.std: Tensor
+        self.bad_steps: Tensor
         self.register_buffer("mean", torch.tensor(list(normalize["mean"])).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(list(normalize["std"])).view(shape), persistent=False)
         # Of this run, carried through checkpoints: all refused steps, and those in a row up to now.
         self.register_buffer("bad_steps", torch.zeros(2, dtype=torch.int64))
         self._results: list[StepResult] = []
         self._batches: list[Any] = []
+        self._hashes: dict[str, str] = {}
 
     # --- what a stage says of itself -------------------------------------------------------------------------
 
     @abstractmethod
-    def compute(self, batch: Any) -> StepResult:
-        """Loss and metrics of one micro-batch, as sums."""
+    def compute(self, batch: Any, step: int) -> StepResult:
+        """Loss and metrics of one micro-batch of optimiser step `step`, as sums."""
 
     @abstractmethod
     def evaluate(self, batch: Any) -> None:
@@ -152,8 +156,9 @@ class Stage(LightningModule, ABC):
         micro = batch_idx % self.trainer.accumulate_grad_batches
         if micro == 0:
             self._results, self._batches = [], []
-        torch.manual_seed(step_seed(self.seed, self.trainer.global_step, micro, self.global_rank))
-        result = self.compute(batch)
+        step = self.trainer.global_step
+        torch.manual_seed(step_seed(self.seed, step, micro, self.global_rank))
+        result = self.compute(batch, step)
         self._batches.append(batch)
         self._results.append(
             StepResult(
@@ -187,7 +192,9 @@ class Stage(LightningModule, ABC):
             # mean is the sum over the global batch divided by the count of the global batch.
             even = sum(self.expected_count(batch) for batch in self._batches) * self.trainer.world_size
             factor = even / totals["count"]
-            torch._foreach_mul_([p.grad for p in params], factor.to(params[0].dtype))
+            for p in params:
+                assert p.grad is not None
+                p.grad.mul_(factor.to(p.grad.dtype))
         norm = nn.utils.clip_grad_norm_(params, self.recipe.clip or float("inf"))
         good = torch.isfinite(norm) & torch.isfinite(totals["loss"])
         if dist.is_initialized():
@@ -356,11 +363,10 @@ class Stage(LightningModule, ABC):
 
     def frozen_hash(self, name: str) -> str:
         """Weight hash of a frozen submodule, worked out once."""
-        cache: dict[str, str] = self.__dict__.setdefault("_hashes", {})
-        if name not in cache:
+        if name not in self._hashes:
             part: nn.Module = getattr(self, name)
-            cache[name] = files.weight_hash(part.state_dict())
-        return cache[name]
+            self._hashes[name] = files.weight_hash(part.state_dict())
+        return self._hashes[name]
 
     def picture_rows(self, batch: Any) -> dict[str, Tensor] | None:
         """Columns of pictures (B, 3, H, W) in [0, 1] that show what the model does with a batch."""

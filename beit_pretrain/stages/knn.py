@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from beit_pretrain.errors import DataError
-from beit_pretrain.evaluation import knn_accuracy
-from beit_pretrain.evaluation import block_features
+from beit_pretrain.evaluation import block_features, knn_accuracy
 from beit_pretrain.models.beit import Beit
 
 REMARK = (
@@ -33,7 +32,11 @@ class Knn:
         self.crop_pct = crop_pct
 
     def score(
-        self, encoders: dict[str, Beit], normalize: Callable[[Tensor], Tensor], data: Any, device: torch.device
+        self,
+        encoders: dict[str, Beit],
+        normalize: Callable[[Tensor], Tensor],
+        data: Any,
+        device: torch.device,
     ) -> dict[str, Any]:
         """Results for each encoder by name and for raw pixels: blocks, the best block and its accuracy."""
         encoder = next(iter(encoders.values()))
@@ -43,11 +46,13 @@ class Knn:
             for split in ("train", "val", "test")
         }
         if loaders["train"] is None or loaders["val"] is None:
-            raise DataError("kNN needs labels: data.root has no class folders; give labelled images with data=...")
+            raise DataError(
+                "kNN needs labels: data.root has no class folders; give labelled images with data=..."
+            )
         results = {
             name: self._choose(
                 {
-                    split: block_features(encoder, normalize, loader, device)
+                    split: block_features(encoder.eval().to(device), normalize, loader, device)
                     for split, loader in loaders.items()
                     if loader is not None
                 }
@@ -81,7 +86,7 @@ class Knn:
 
 
 def _pixels(loader: Any) -> tuple[list[Tensor], Tensor]:
-    """The pictures themselves as one "block" of features (S, 3 * H * W), centred so that cosine means something."""
+    """The pictures themselves as the features (S, 3 * H * W) of a single block."""
     batches = list(loader)
     pictures = torch.cat([batch.image.flatten(1).float() for batch in batches])
     return [pictures], torch.cat([batch.label for batch in batches])

@@ -25,7 +25,13 @@ class Pretrain(Stage):
     frozen = ("tokenizer",)
 
     def __init__(
-        self, *, encoder: Beit, tokenizer: Tokenizer, init_cut: float = 0.02, compile: bool = False, **base: Any
+        self,
+        *,
+        encoder: Beit,
+        tokenizer: Tokenizer,
+        init_cut: float = 0.02,
+        compile: bool = False,
+        **base: Any,
     ) -> None:
         super().__init__(**base)
         self.encoder = encoder
@@ -61,7 +67,7 @@ class Pretrain(Stage):
         """Logits (M, V) of the hidden patches, row-major over (B, N)."""
         return self.head(self.encoder(self.normalize(batch.image), batch.mask), batch.mask)
 
-    def compute(self, batch: Any) -> StepResult:
+    def compute(self, batch: Any, step: int) -> StepResult:
         ids = self.tokens(batch)
         target = ids[batch.mask]  # (M,)
         logits = self.predict(batch)  # (M, V)

@@ -19,8 +19,8 @@ class TrainTokenizer(Stage):
         self.tokenizer = tokenizer
         self._score: dict[str, Tensor] = {}
 
-    def compute(self, batch: Any) -> StepResult:
-        loss, metrics = self.tokenizer.loss(batch.image.float() / 255, self.trainer.global_step)
+    def compute(self, batch: Any, step: int) -> StepResult:
+        loss, metrics = self.tokenizer.loss(batch.image.float() / 255, step)
         n = len(batch.image)
         return StepResult(
             loss * n,

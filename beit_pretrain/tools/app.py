@@ -27,7 +27,7 @@ def _commands() -> None:
 def masks(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="the PNG to write")] = Path("masks.png"),
-    count: Annotated[int, typer.Option(help="masks to draw and to count over", min=1)] = 24,
+    count: Annotated[int, typer.Option(help="masks to draw; the statistics are over 2,000", min=1)] = 24,
 ) -> None:
     """Draw a sheet of masks: beit-tools masks masking=random image_size=224 --out masks.png"""
     from hydra.utils import instantiate

@@ -25,11 +25,11 @@ _PALETTE = ListedColormap([_VISIBLE, _BLOCK, _SINGLE])
 _HEIGHT, _SIDE, _CAPTION = 6.2, 3.4, 0.3  # inches: height and width of the statistics, number below a mask
 
 
-def draw_sheet(generator: MaskGenerator, *, out: Path, masks: int = 24, seed: int = 0) -> Path:
-    """Writes `mask_sheet` as a PNG to `out`, making its folder, and gives the path back."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    mask_sheet(generator, masks, seed=seed).savefig(out, dpi=150, format="png")
-    return out
+def draw_sheet(generator: MaskGenerator, *, path: Path, masks: int = 24, seed: int = 0) -> Path:
+    """Writes `mask_sheet` as a PNG to `path`, whose folder is made, and gives the path back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mask_sheet(generator, masks, seed=seed).savefig(path, dpi=150, format="png")
+    return path
 
 
 def mask_sheet(generator: MaskGenerator, masks: int = 24, *, seed: int = 0) -> Figure:

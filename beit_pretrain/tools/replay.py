@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from beit_pretrain.checkpoint import files
@@ -22,7 +22,7 @@ def replay(path: Path) -> int:
     saved = files.read(path)
     if "batches" not in saved:
         raise CheckpointError(f"{path} is no kept step: give a file of a run's bad_steps folder")
-    cfg = OmegaConf.create(saved["beit_pretrain"]["config"])
+    cfg = DictConfig(saved["beit_pretrain"]["config"])
     stage = build_stage(cfg)
     own = stage.state_dict()
     stage.load_state_dict({**own, **saved["state_dict"]})
@@ -30,15 +30,15 @@ def replay(path: Path) -> int:
     seen: list[str] = []
     for name, module in stage.named_modules():
         module.register_forward_hook(_watch(name, seen))
-    print(f"step {saved['step']}, rank {saved['rank']}, {len(saved['batches'])} micro-batches, on the CPU in float32")
+    print(f"step {saved['step']}, rank {saved['rank']}, on the CPU in float32; the run: {saved['precision']}")
     faulty = False
     for micro, fields in enumerate(saved["batches"]):
         batch = SimpleNamespace(**{"ids": None, "token_image": None, "jitter": None, **fields})
         torch.manual_seed(step_seed(cfg.seed, saved["step"], micro, saved["rank"]))
-        result = stage.compute(batch)
+        result = stage.compute(batch, saved["step"])
         loss = result.loss / stage.expected_count(batch)
         loss.backward()
-        print(f"  micro-batch {micro}: loss {float(loss):.6g}, samples {fields['sample'].tolist()}")
+        print(f"  micro-batch {micro}: loss {loss.item():.6g}, samples {fields['sample'].tolist()}")
         faulty |= not bool(torch.isfinite(loss))
     stage.drop_pending()
     gradients = [
@@ -49,16 +49,20 @@ def replay(path: Path) -> int:
     weights = [n for n, p in stage.named_parameters() if not bool(torch.isfinite(p).all())]
     print(f"  not finite among the weights: {', '.join(weights) or 'none'}")
     print(f"  first output that is not finite: {seen[0] if seen else 'none'}")
-    print(f"  gradients that are not finite: {len(gradients)}{': ' + ', '.join(gradients[:5]) if gradients else ''}")
+    print(f"  gradients that are not finite: {len(gradients)}; {', '.join(gradients[:5])}")
     if faulty or gradients:
         return 0
-    print(f"  all is finite here; the run was in {saved['precision']}: its range is what this step left")
+    print("  all is finite here: the step left the range of the run's precision, not of float32")
     return 1
 
 
 def _watch(name: str, seen: list[str]) -> Any:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.is_floating_point() and not bool(torch.isfinite(output).all()):
+        if (
+            isinstance(output, Tensor)
+            and output.is_floating_point()
+            and not bool(torch.isfinite(output).all())
+        ):
             seen.append(name or type(module).__name__)
 
     return hook

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from callbacks.toy import KNOWN_WARNINGS, Data, Toy, fit
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 
 from beit_pretrain.callbacks.isolation import due, isolated
 from beit_pretrain.callbacks.online_eval import OnlineKnn
@@ -27,20 +27,6 @@ def every_callback(folder: Path) -> list[Callback]:
     ]
 
 
-class ResizedBias(Callback):
-    """Stands for a model that keeps a tensor it made in evaluation and uses it in training."""
-
-    kept: torch.Tensor | None = None
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with isolated(trainer, pl_module):
-            self.kept = torch.ones(2)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
-        if self.kept is not None:
-            (torch.ones(2, requires_grad=True) * self.kept).sum().backward()
-
-
 def test_a_run_with_and_without_callbacks_ends_with_equal_weights(tmp_path: Path) -> None:
     plain, watched = Toy(), Toy()
     torch.manual_seed(9)
@@ -55,10 +41,6 @@ def test_a_run_with_and_without_callbacks_ends_with_equal_weights(tmp_path: Path
     for name, value in plain.state_dict().items():
         assert torch.equal(watched.state_dict()[name], value), name
     assert not any(watched.modes)  # evaluation mode, no gradients
-
-
-def test_what_a_model_keeps_from_a_callback_can_be_trained_through(tmp_path: Path) -> None:
-    fit(Toy(epochs=2), Data(), tmp_path, [ResizedBias()])
 
 
 def test_modes_come_back_one_by_one_even_after_an_error(tmp_path: Path) -> None:

@@ -80,6 +80,15 @@ def test_validation_and_checkpoints_are_not_waiting_for_data(tmp_path: Path, clo
     assert run.logged[0][1]["time/seconds"] == pytest.approx(553.25)
 
 
+def test_validation_in_the_middle_of_an_epoch_is_not_waiting_for_data(tmp_path: Path, clock: Clock) -> None:
+    run = Run(Throughput(tmp_path, every_steps=2), clock, [])
+    run.hook("on_train_start")
+    run.batch(0.0, work=1.0)
+    run.hook("on_validation_start")
+    run.batch(500.0, work=1.0)
+    assert run.logged[0][1]["time/images_per_second"] == pytest.approx(64.0)
+
+
 def test_the_last_steps_of_a_run_are_logged_too(tmp_path: Path, clock: Clock) -> None:
     run = Run(Throughput(tmp_path, every_steps=50), clock, [])
     run.total_steps = 3

@@ -163,7 +163,9 @@ def test_evaluation_meets_every_sample_once_without_padding(n: int, world: int, 
         assert len(batches) == len(sampler)
         assert all(1 <= len(batch) <= size for batch in batches)
         assert [key.sample for batch in batches for key in batch] == indices[rank::world].tolist()
-    assert sorted(key for batches in per_rank for b in batches for key in b) == [Key(i, 0) for i in indices]
+    assert sorted(key for batches in per_rank for b in batches for key in b) == [
+        Key(i, 0) for i in indices.tolist()
+    ]
     if size > 1 and n >= world:
         assert len({len(batches) for batches in per_rank}) == 1
 

@@ -51,6 +51,10 @@ def test_a_tokenizer_killed_three_times_ends_bit_identical(tmp_path: Path) -> No
 def test_a_run_killed_ten_times_ends_bit_identical(
     stage: str, workers: int, tokenizer_run: Path, tmp_path: Path
 ) -> None:
-    base = SMALL_TOKENIZER if stage == "tokenizer" else [*SMALL_PRETRAIN, f"tokenizer.checkpoint={tokenizer_run}"]
+    base = (
+        SMALL_TOKENIZER
+        if stage == "tokenizer"
+        else [*SMALL_PRETRAIN, f"tokenizer.checkpoint={tokenizer_run}"]
+    )
     extra = ["stage.epochs=6", f"data.workers={workers}", "micro_batch_size=32"]
     _compare([*base, *extra], tmp_path, kills=10, seed=3 + workers)

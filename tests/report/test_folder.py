@@ -143,8 +143,9 @@ def test_the_written_result_counts_before_the_last_logged_value(make_run) -> Non
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (0, "0"), (0.69314, "0.6931"), (12.5, "12.5"), (1234.4, "1,234"), (10_000, "10k"),
-        (96_512_000, "96.51M"),        (3.2e9, "3.2G"), (1.5e-5, "1.5e-05"), (-2500.0, "-2,500"), (1e20, "1e+20"), (float("nan"), "nan"),
+        (0, "0"), (0.69314, "0.6931"), (12.5, "12.5"), (1234.4, "1,234"), (10_000, "10k"), (1e20, "1e+20"),
+        (96_512_000, "96.51M"), (3.2e9, "3.2G"), (1.5e-5, "1.5e-05"), (-2500.0, "-2,500"),
+        (float("nan"), "nan"),
     ],
 )  # fmt: skip
 def test_numbers_are_short(value: float, said: str) -> None:

@@ -76,7 +76,7 @@ class DalleTokenizer(Tokenizer):
         squeezed = (1 - 2 * MARGIN) * image.float() + MARGIN
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             features = self.encoder[:-1](squeezed.contiguous(memory_format=torch.channels_last))
-        with torch.autocast(device, enabled=False):  # ids must not depend on the trainer's precision
+        with torch.autocast(device, enabled=False):
             return self.encoder[-1](features.float())
 
     @torch.no_grad()

@@ -113,9 +113,8 @@ class DVae(TrainableTokenizer):
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
-        with torch.autocast(
-            image.device.type, enabled=False
-        ):  # ids must not depend on the trainer's precision
+        # Ids must not depend on the precision of the trainer.
+        with torch.autocast(image.device.type, enabled=False):
             return self.logits(image.float()).argmax(1).flatten(1)  # (B, N)
 
     @torch.no_grad()
@@ -139,7 +138,9 @@ class DVae(TrainableTokenizer):
             weights = F.gumbel_softmax(logits, tau=tau, hard=self.straight_through, dim=1)
         else:
             weights = F.one_hot(logits.argmax(1), self.vocab_size).permute(0, 3, 1, 2).to(logits.dtype)
-        codes = F.conv2d(weights, self.codebook.t()[:, :, None, None])  # (B, C, rows, cols)
+        codes = F.conv2d(
+            weights.to(self.codebook.dtype), self.codebook.t()[:, :, None, None]
+        )  # (B, C, rows, cols)
         recon = F.mse_loss(self.decoder(codes).float(), (image - 0.5) / 0.5)
         log_q = logits.log_softmax(1)
         kl = (log_q.exp() * log_q).sum(1).mean() + math.log(self.vocab_size)

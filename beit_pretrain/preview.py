@@ -1,0 +1,309 @@
+"""What a run would be, without running it (dry_run=true): sizes, steps, learning rates, memory.
+
+Letters: b images of one pass on one device, L = 1 + N tokens, D width, H heads, V vocabulary, M hidden patches of
+an image, r the MLP's width over D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+import yaml
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from beit_pretrain import optim
+from beit_pretrain.devices import accelerator, devices
+from beit_pretrain.errors import DataError
+from beit_pretrain.stages.base import Stage
+from beit_pretrain.tokenizer import Tokenizer, TrainableTokenizer
+from beit_pretrain.wording import sides_of, times
+
+Rows = list[tuple[str, str]]
+
+
+class Described(Tokenizer):
+    """Stands for a tokenizer whose weights would have to be fetched: no parameters, only its sizes."""
+
+    def __init__(self, *, vocab_size: int, image_size: Sequence[int], stride: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.image_size = (image_size[0], image_size[1])
+        self.stride = stride
+
+    def encode(self, image: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def decode(self, ids: Tensor) -> Tensor | None:
+        raise NotImplementedError
+
+
+class _OneLineLists(yaml.SafeDumper):
+    """Yaml as the configuration is written: [32, 32] is one line."""
+
+
+_OneLineLists.add_representer(
+    list, lambda dumper, values: dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+)
+
+
+def preview(cfg: DictConfig) -> dict[str, Any]:
+    """Print the resolved configuration and what follows from it; write nothing. Returns no results."""
+    console = Console()
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    text = yaml.dump(config, Dumper=_OneLineLists, sort_keys=False, width=1000)
+    console.print(text.rstrip(), highlight=False, soft_wrap=True, markup=False)
+    console.print()
+    if cfg.stage.name == "knn":
+        encoder = {k: v for k, v in config["model"].items() if k != "name"}
+        with torch.device("meta"):
+            parts: dict[str, nn.Module] = {"encoder": instantiate(encoder)}
+        console.print(_facts(cfg, _parameter_rows(parts)))
+        return {}
+    stage = _stage(cfg)
+    data = _data(cfg)
+    rows = _parameter_rows(dict(stage.named_children()))
+    rows += [*_image_rows(cfg, data), *_batch_rows(cfg), *_grid_rows(cfg, stage), *_memory_rows(cfg, stage)]
+    console.print(_facts(cfg, rows))
+    if not isinstance(data, str):
+        console.print(_schedule(stage.recipe, data.steps_per_epoch, _epochs(cfg)))
+    console.print(_groups(stage))
+    return {}
+
+
+# --- what it is made of ------------------------------------------------------------------------------------
+
+
+def _stage(cfg: DictConfig) -> Stage:
+    """The stage as it would be trained, without memory for its weights."""
+    from beit_pretrain.run import build_stage  # which imports this module
+
+    cfg = deepcopy(cfg)
+    kind = get_class(cfg.tokenizer._target_)
+    with open_dict(cfg):
+        if "checkpoint" in cfg.tokenizer:
+            cfg.tokenizer.checkpoint = None  # its options were taken over; its weights do not matter here
+        if not issubclass(kind, TrainableTokenizer) and {"vocab_size", "stride"} <= vars(kind).keys():
+            cfg.tokenizer = {
+                "_target_": f"{Described.__module__}.{Described.__name__}",
+                "vocab_size": vars(kind)["vocab_size"],
+                "image_size": sides_of(cfg.tokenizer.image_size),
+                "stride": vars(kind)["stride"],
+            }
+    with torch.device("meta"):
+        return build_stage(cfg)
+
+
+def _data(cfg: DictConfig) -> Any:
+    """The data module, or why it cannot be had without fetching something."""
+    from beit_pretrain.run import build_data
+
+    cfg = deepcopy(cfg)
+    with open_dict(cfg):
+        if "download" in cfg.data.source:
+            cfg.data.source.download = False
+        elif "dataset" in cfg.data:
+            return f"known when {cfg.data.dataset} has been fetched"
+    try:
+        return build_data(cfg, views=None, eval_views=None)
+    except (DataError, InstantiationException) as error:
+        cause = error if isinstance(error, DataError) else error.__cause__
+        if "download" in cfg.data.source and isinstance(cause, DataError):
+            return f"known when {cfg.data.dataset} has been fetched"
+        raise
+
+
+def _epochs(cfg: DictConfig) -> int:
+    return 1 if cfg.debug else cfg.stage.epochs
+
+
+# --- rows --------------------------------------------------------------------------------------------------
+
+
+def _facts(cfg: DictConfig, rows: Rows) -> Table:
+    table = Table(title=f"{cfg.stage.name} in {cfg.run_dir}", show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _parameter_rows(parts: Mapping[str, nn.Module]) -> Rows:
+    rows = []
+    for name, module in parts.items():
+        count = sum(p.numel() for p in module.parameters())
+        frozen = count and not any(p.requires_grad for p in module.parameters())
+        if isinstance(module, Described):
+            rows.append((f"parameters, {name}", "those of its published weights (not counted here), frozen"))
+        elif count:
+            rows.append((f"parameters, {name}", f"{count:,}{' frozen' if frozen else ''}"))
+    return rows
+
+
+def _image_rows(cfg: DictConfig, data: Any) -> Rows:
+    if isinstance(data, str):
+        return [("training images", data)]
+    train, held_out = len(data.splits["train"]), len(data.splits.get("val", ()))
+    steps, epochs = data.steps_per_epoch, _epochs(cfg)
+    return [
+        ("training images", f"{train:,}, and {held_out:,} held out"),
+        ("updates", f"{steps:,} an epoch x {epochs:,} epochs = {steps * epochs:,}"),
+    ]
+
+
+def _split(cfg: DictConfig) -> tuple[int, int, int]:
+    """Devices, images of a pass on each, and passes of an update; the checks saw that it divides."""
+    world = (devices(cfg) or 1) * cfg.trainer.num_nodes
+    micro = cfg.micro_batch_size or cfg.batch_size // world
+    return world, micro, cfg.batch_size // (world * micro)
+
+
+def _batch_rows(cfg: DictConfig) -> Rows:
+    world, micro, passes = _split(cfg)
+    what = "CPU process" if accelerator(cfg.trainer.accelerator) == "cpu" else "GPU"
+    return [
+        (
+            "batch",
+            f"{cfg.batch_size} images an update: {_counted(world, what)}, {_counted(micro, 'image')} at a time on "
+            f"each, {_counted(passes, 'pass')} summed up",
+        )
+    ]
+
+
+def _counted(count: int, what: str) -> str:
+    plural = "es" if what.endswith("s") else "s"
+    return f"{count:,} {what}{'' if count == 1 else plural}"
+
+
+def _grid_rows(cfg: DictConfig, stage: Any) -> Rows:
+    tokenizer = stage.tokenizer
+    tokens = f"{times(tokenizer.grid)} of {tokenizer.vocab_size:,} kinds, from {times(tokenizer.image_size)} pixels"
+    if cfg.stage.name == "tokenizer":
+        return [("tokens", tokens)]
+    grid, mask = stage.encoder.grid, stage.views.mask
+    patches = grid[0] * grid[1]
+    kept = "always" if mask.exact else "at most"
+    return [
+        ("patches", f"{times(grid)} = {patches}, from {times(sides_of(cfg.image_size) or [])} pixels"),
+        ("tokens", tokens),
+        ("hidden patches", f"{kept} {mask.count} ({mask.count / patches:.0%})"),
+    ]
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+def _memory_rows(cfg: DictConfig, stage: Stage) -> Rows:
+    trained = sum(p.numel() for _, p in stage.trained_parameters())
+    frozen = sum(p.numel() for p in stage.parameters()) - trained
+    kind = accelerator(cfg.trainer.accelerator)
+    precision = str(cfg.trainer.precision)
+    half = precision.endswith("mixed") or (precision == "auto" and kind == "cuda")
+    _, micro, _ = _split(cfg)
+    if cfg.stage.name == "tokenizer":
+        passing = micro * saved_for_backward(cfg)
+        how = "activations, as counted on one image"
+    else:
+        passing = micro * pretrain_activations(cfg, stage, plain=kind == "cpu")
+        how = "activations after Korthikanti et al. 2022, and the head's logits"
+    fixed = 4 * frozen + 16 * trained
+    passing //= 2 if half else 1
+    return [
+        ("memory per device", f"about {_bytes(fixed + passing)}, an estimate without the libraries' own"),
+        ("  fixed", f"{_bytes(fixed)}: weights, gradients, AdamW's moments"),
+        ("  of each pass", f"{_bytes(passing)}: {how}{', in 16 bit' if half else ''}"),
+    ]
+
+
+def pretrain_activations(cfg: DictConfig, stage: Any, *, plain: bool) -> int:
+    """Float32 bytes that one image leaves for the backward pass.
+
+    A block keeps (8 + 2r) L D numbers (Korthikanti et al. 2022, Sec. 4.1, without dropout), here L D more for the
+    scaled queries and 2 L D for layer scale; and H L^2 attention weights, unless its kernel computes them again.
+    With model.checkpointing only its input, for all blocks but one. The head keeps 3 M V.
+    """
+    m = cfg.model
+    length = 1 + stage.encoder.grid[0] * stage.encoder.grid[1]
+    layer_scale = 2 if m.layer_scale else 0
+    block = int(length * m.width * (9 + 2 * m.mlp_ratio + layer_scale))
+    if m.attention == "plain" or (plain and m.attention == "auto"):
+        block += m.heads * length**2
+    blocks = m.depth * length * m.width + block if m.checkpointing else m.depth * block
+    return 4 * (blocks + 3 * stage.views.mask.count * stage.tokenizer.vocab_size)
+
+
+def saved_for_backward(cfg: DictConfig) -> int:
+    """Bytes that autograd keeps of one image in the tokenizer's loss: counted, for any tokenizer."""
+    from beit_pretrain.run import build_tokenizer
+
+    tokenizer: Any = build_tokenizer(cfg)
+    own = {p.untyped_storage().data_ptr() for p in tokenizer.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, or their addresses would be used again
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        tokenizer.loss(torch.rand(1, 3, *tokenizer.image_size), 0)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+# --- the optimiser -----------------------------------------------------------------------------------------
+
+
+def _schedule(recipe: optim.Recipe, steps_per_epoch: int, epochs: int) -> Table:
+    """Five points: the start, the peak, two on the way down, the last update."""
+    total = steps_per_epoch * epochs
+    warmup = recipe.warmup_steps
+    if warmup is None:
+        warmup = round(recipe.warmup_epochs * steps_per_epoch)
+    warmup = min(warmup, total - 1)
+    points = [0, warmup, warmup + (total - warmup) // 3, warmup + 2 * (total - warmup) // 3, total - 1]
+    table = Table(title="schedule", title_justify="left")
+    for name in ("update", "epoch", "learning rate", "weight decay"):
+        table.add_column(name, justify="right")
+    for step in sorted(set(points)):
+        table.add_row(
+            f"{step:,}",
+            f"{step / steps_per_epoch:.1f}",
+            f"{optim.learning_rate(recipe, step, steps_per_epoch, total):.2e}",
+            f"{optim.weight_decay(recipe, step, total):.3g}",
+        )
+    return table
+
+
+def _groups(stage: Stage) -> Table:
+    table = Table(title="parameter groups (AdamW)", title_justify="left")
+    table.add_column("group")
+    for name in ("tensors", "parameters", "lr scale", "peak lr", "weight decay"):
+        table.add_column(name, justify="right")
+    for group in optim.parameter_groups(stage.trained_parameters(), stage.recipe, stage.depth):
+        table.add_row(
+            group["group"],
+            str(len(group["params"])),
+            f"{sum(p.numel() for p in group['params']):,}",
+            f"{group['lr_scale']:.4g}",
+            f"{group['lr']:.2e}",
+            f"{group['weight_decay']:.3g}",
+        )
+    return table

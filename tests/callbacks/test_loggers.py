@@ -1,0 +1,121 @@
+"""TensorBoard and W&B as the run folder sees them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from beit_pretrain.callbacks import wandb_log
+from beit_pretrain.callbacks.tensorboard_log import TensorBoardLog
+from beit_pretrain.callbacks.wandb_log import WandbLog
+from beit_pretrain.errors import ConfigError
+
+
+def test_tensorboard_takes_back_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    for resume_step, steps in ((None, range(10, 60, 10)), (30, range(40, 80, 10))):
+        log = TensorBoardLog(tmp_path, resume_step)
+        for step in steps:
+            log.log_metrics({"train/loss": float(step if resume_step is None else -step)}, step)
+        log.finalize("success")
+        log.experiment.close()
+    scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [(s.step, s.value) for s in scalars] == [
+        *((10, 10.0), (20, 20.0), (30, 30.0)),
+        *((40, -40.0), (50, -50.0), (60, -60.0), (70, -70.0)),
+    ]
+
+
+def test_wandb_keeps_one_id_per_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb_log, "_logged_in", lambda: True)
+    first, again = WandbLog(tmp_path / "a", "p"), WandbLog(tmp_path / "a", "p")
+    other = WandbLog(tmp_path / "b", "p", title="mine", tags=["x"])
+    assert first.version == again.version == (tmp_path / "a" / "wandb_id").read_text().strip()
+    assert other.version != first.version
+    assert first._wandb_init["resume"] == "allow" and "mode" not in first._wandb_init  # online
+
+
+def test_without_credentials_wandb_goes_offline_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb_log, "_logged_in", lambda: False)
+    with pytest.warns(UserWarning, match=r"no W&B credentials.*logged offline to .*wandb sync") as caught:
+        log = WandbLog(tmp_path, "p")
+    assert len(caught) == 1 and log._wandb_init["mode"] == "offline"
+
+
+def test_when_wandb_cannot_be_reached_the_run_goes_on_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    from wandb.errors import CommError
+
+    calls: list[dict[str, Any]] = []
+
+    def init(**how: Any) -> Any:
+        calls.append(how)
+        if how.get("mode") != "offline":
+            raise CommError("timed out")
+        return SimpleNamespace(id=how["id"])
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb_log, "_logged_in", lambda: True)
+    log = WandbLog(tmp_path, "p")
+    with pytest.warns(UserWarning, match="could not be reached: timed out"):
+        run = log.experiment
+    assert log.experiment is run and len(calls) == 2 and run.id == calls[0]["id"] == log.version
+
+
+def test_without_the_package_the_error_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb_log, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"logger=wandb needs .*pip install beit-pretrain\[wandb\]"):
+        WandbLog(tmp_path, "p")
+
+
+REAL_RUN = """
+import sys, warnings
+import wandb
+from PIL import Image
+from beit_pretrain.callbacks.wandb_log import WandbLog
+
+for start in (0, 10):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log = WandbLog(sys.argv[1], "toy")
+        log.log_metrics({"train/loss": 1.0}, start + 5)
+        log.log_image("pictures", [Image.new("RGB", (8, 8))], start + 5)
+        wandb.finish()
+    print("warnings:", [str(w.message)[:40] for w in caught])
+"""
+
+
+@pytest.mark.slow
+def test_a_real_offline_run_asks_nothing_and_keeps_its_id(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    done = subprocess.run(
+        [sys.executable, "-c", REAL_RUN, str(tmp_path / "run")],
+        env={**clean, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    warned = [line for line in done.stdout.splitlines() if line.startswith("warnings:")]
+    assert warned == ["warnings: ['no W&B credentials found (`wandb login`,']"] * 2
+    assert "WARNING" not in done.stderr
+    run_id = (tmp_path / "run" / "wandb_id").read_text().strip()
+    runs = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert runs and all(run.name.endswith(run_id) for run in runs)
