@@ -33,7 +33,7 @@ def masks(
     from hydra.utils import instantiate
 
     from beit_pretrain.compose import compose
-    from beit_pretrain.tools.masks import draw_sheet
+    from beit_pretrain.report.mask_sheet import draw_sheet
 
     cfg = compose(["stage=pretrain", *(overrides or [])])
     draw_sheet(instantiate(cfg.masking), masks=count, path=out, seed=cfg.seed)

@@ -89,6 +89,17 @@ def test_both_views_show_the_same_box_at_two_sizes(interpolation: transforms.Int
     assert min(spans) < 110 and max(spans) > 200  # boxes differ in size
 
 
+def test_each_view_is_resized_by_its_own_kernel() -> None:
+    image = _noise(90, 110)
+    for kernel in ("lanczos", "bicubic"):
+        view = TwoViews(image_size=(24, 36), token_image_size=(12, 18), mask=MASK, token_interpolation=kernel)
+        crop, crops = view.cut(image, 3), view(image, 3)
+        assert crops.token_image is not None
+        assert torch.equal(crops.image, transforms.resize(crop, (24, 36), "bicubic"))
+        assert torch.equal(crops.token_image, transforms.resize(crop, (12, 18), kernel))
+    assert torch.equal(OneView(image_size=(24, 36), jitter=0.4)(image, 3).image, crops.image)
+
+
 def test_flip_is_a_mirror_image_of_the_same_box() -> None:
     plain = OneView(image_size=(20, 31), flip=0.0, jitter=0.4)
     always = OneView(image_size=(20, 31), flip=1.0, jitter=0.4)

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
 from beit_pretrain.masking import BlockwiseMask, MaskGenerator, RandomMask
-from beit_pretrain.tools.masks import SAMPLES, draw_sheet, mask_sheet
+from beit_pretrain.report.mask_sheet import SAMPLES, draw_sheet, mask_sheet
 
 GENERATORS: list[MaskGenerator] = [
     BlockwiseMask(grid=(14, 14), count=75),

@@ -1,4 +1,4 @@
-"""`beit-tools masks`: a sheet of masks beside the statistics that tell one kind from another."""
+"""A sheet of masks beside the statistics that tell one kind from another."""
 
 from __future__ import annotations
 
