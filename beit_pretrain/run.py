@@ -14,6 +14,7 @@ import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
@@ -26,6 +27,7 @@ from beit_pretrain.data.transforms import RESIZE_IMPLEMENTATION
 from beit_pretrain.errors import BeitError, CheckpointError
 from beit_pretrain.folder import RunFolder, plain
 from beit_pretrain.report import make_report
+from beit_pretrain.report.mask_sheet import draw_sheet
 from beit_pretrain.stages.base import Stage
 
 Results = dict[str, Any]
@@ -78,11 +80,13 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Results:
 
 def _train(cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> Results:
     """Fit, or with mode=evaluate score `init_from` on the held-out images."""
-    began = time.monotonic()
+    began, earlier = time.monotonic(), _earlier_seconds(folder.path)
     resume = last_checkpoint(folder.path / "checkpoints") if cfg.mode == "fit" else None
     with open_dict(cfg):
         cfg.resume_step = int(resume.stem.removeprefix("step-")) if resume else None
     stage, data, trainer = build(cfg, config)
+    if cfg.stage.name == "pretrain" and rank_zero_only.rank == 0:
+        draw_sheet(stage.views.mask, path=folder.path / "pictures" / "masks.png", seed=cfg.seed)
     if cfg.mode == "fit":
         try:
             trainer.fit(stage, datamodule=data, ckpt_path=resume)
@@ -90,11 +94,10 @@ def _train(cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> Result
             raise KeyboardInterrupt from None
     else:
         trainer.validate(stage, datamodule=data, verbose=False)
-    earlier = _earlier_seconds(folder.path) if resume else 0.0
     return {
         "steps": trainer.global_step,
         "epochs": cfg.stage.epochs,
-        "seconds": earlier + time.monotonic() - began,
+        "seconds": (earlier if resume else 0.0) + time.monotonic() - began,
         "parameters": sum(p.numel() for _, p in stage.trained_parameters()),
         "metrics": stage.held_out,
         **stage.results(),
@@ -219,7 +222,7 @@ def _trainer(cfg: DictConfig) -> Trainer:
         precision=_precision(t.precision, t.accelerator),
         # Buffers are statistics that every rank counts for itself and merges when they are read.
         strategy=DDPStrategy(broadcast_buffers=False) if _several(t) else "auto",
-        max_epochs=1 if cfg.debug else cfg.stage.epochs,
+        max_epochs=cfg.stage.epochs,
         check_val_every_n_epoch=t.evaluate_every,
         detect_anomaly=t.detect_anomaly,
         logger=[_make(node) for node in cfg.logger.values() if node is not None],
@@ -230,6 +233,7 @@ def _trainer(cfg: DictConfig) -> Trainer:
         # What a model caches during an evaluation (an index, a resized table) must stay usable in training.
         inference_mode=False,
         num_sanity_val_steps=0,
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         enable_model_summary=False,
         log_every_n_steps=1,
     )

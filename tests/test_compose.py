@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from runs import DIGITS_TOKENIZER, pretrain, save_pretrained, save_tokenizer
 
+from beit_pretrain.checkpoint import files
 from beit_pretrain.compose import choices, compose, recipe_diff
 from beit_pretrain.errors import CheckpointError, ConfigError
 
@@ -159,9 +160,11 @@ def test_a_tokenizers_shape_comes_from_its_checkpoint(tokenizer: Path) -> None:
     assert list(cfg.stage.views.token_image_size) == [32, 32]
 
 
-def test_no_option_of_the_default_tokenizer_stays_beside_an_adopted_one(tokenizer: Path) -> None:
-    cfg = compose([*pretrain(tokenizer), "+tokenizer.only_here=1"])
-    assert "only_here" not in cfg.tokenizer
+def test_no_option_of_the_default_tokenizer_stays_beside_an_adopted_one(tmp_path: Path) -> None:
+    mine = {"_target_": "mine.Bits", "name": "bits", "image_size": 112, "bits": 13, "checkpoint": "elsewhere"}
+    files.write(tmp_path / "mine.ckpt", {"beit_pretrain": {"config": {"tokenizer": mine}}, "state_dict": {}})
+    cfg = compose(["stage=pretrain", f"tokenizer.checkpoint={tmp_path}/mine.ckpt"])
+    assert cfg.tokenizer == {**mine, "checkpoint": f"{tmp_path}/mine.ckpt"}
 
 
 def test_agreeing_with_the_checkpoint_is_fine(tokenizer: Path, pretrained: Path) -> None:

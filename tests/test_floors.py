@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors"},
     "data": {"masking", "errors"},
     "checkpoint": {"models.rel_pos", "errors"},
-    "report": {"errors"},
+    "report": {"masking", "errors"},
     "callbacks": {"tokenizer", "evaluation", "errors"},
     "stages": {"models", "optim", "checkpoint", "tokenizer", "evaluation", "errors"},
     "compose": {"checkpoint.record", "wording", "errors"},

@@ -63,8 +63,9 @@ class Progress(ProgressBar):
         self._live: Live | None = None
         self._drawn = -math.inf
         self._began = 0.0
-        self._paused = 0.0  # seconds of validation so far
-        self._validation_began = 0.0
+        self._first_step = 0
+        self._paused = 0.0  # seconds between training, for validation and what hangs on it
+        self._pause_began: float | None = None
         self._marks: deque[tuple[float, int]] = deque()  # (seconds of training, step), within WINDOW
 
     def enable(self) -> None:
@@ -81,10 +82,16 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
-        self._paused = 0.0
+        self._paused, self._pause_began = 0.0, None
+        self._first_step = trainer.global_step
         self._marks = deque([(0.0, trainer.global_step)])
         self._open()
         self._show(self._view(trainer, pl_module), force=True)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._end_pause()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -94,6 +101,7 @@ class Progress(ProgressBar):
             self._show(self._view(trainer, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_pause()
         self._mark(trainer.global_step)
         self._show(self._view(trainer, pl_module), force=True)
         self._close()
@@ -101,9 +109,9 @@ class Progress(ProgressBar):
     # --- evaluation ---------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validation_began = time.monotonic()
+        self._pause_began = time.monotonic()
         if trainer.state.fn != "fit":
-            self._began, self._paused = self._validation_began, 0.0
+            self._began = self._pause_began
             self._open()
 
     def on_validation_batch_end(
@@ -120,14 +128,12 @@ class Progress(ProgressBar):
             self._show(self._view(trainer, pl_module, validation=(batch_idx + 1, total)))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        seconds = time.monotonic() - self._validation_began
-        self._paused += seconds
         if trainer.sanity_checking or not self._enabled:
             return
         scores = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if self._live is None:
-            numbers = " ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            self._line(f"{self.title} step {trainer.global_step} held-out: {numbers} ({seconds:.1f} s)")
+            text = " ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            self._line(f"{self.title} step {trainer.global_step} held-out: {text}")
         elif trainer.state.fn != "fit":
             self._close()
 
@@ -177,6 +183,11 @@ class Progress(ProgressBar):
         while len(self._marks) > 2 and now - self._marks[0][0] > max(WINDOW, 2 * self.line_every):
             self._marks.popleft()
 
+    def _end_pause(self) -> None:
+        if self._pause_began is not None:
+            self._paused += time.monotonic() - self._pause_began
+            self._pause_began = None
+
     def _view(
         self, trainer: Trainer, pl_module: LightningModule, validation: tuple[int, int] | None = None
     ) -> View:
@@ -195,7 +206,8 @@ class Progress(ProgressBar):
             (then, first), (now, last) = self._marks[0], self._marks[-1]
             per_step = (now - then) / (last - first)
             view.speed = stage.batch_size / per_step if per_step > 0 else None
-            view.left = per_step * (stage.total_steps - step)
+            pauses = self._paused / (step - self._first_step)
+            view.left = (per_step + pauses) * (stage.total_steps - step)
         return view
 
 

@@ -135,12 +135,15 @@ def test_validation_time_does_not_slow_the_shown_speed(
     run.hook("on_validation_start")
     wound.now += 100.0
     run.hook("on_validation_end")
+    wound.now += 20.0  # pictures, neighbours, a checkpoint
+    run.hook("on_train_batch_start", None, 0)
     wound.now += 10.0
     run.global_step += 10
     run.hook("on_train_batch_end", None, None, 0)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[1] == "toy step 0 held-out: val/loss 1.5 (100.0 s)"
-    assert "images/s 64 " in lines[2] and "elapsed 1:50" in lines[2]
+    assert lines[1] == "toy step 0 held-out: val/loss 1.5"
+    # 990 steps of 1 s, and 120 s of pauses for every 10 of them.
+    assert "images/s 64 " in lines[2] and "elapsed 2:10" in lines[2] and "left 3:34:30" in lines[2]
 
 
 def test_a_terminal_is_drawn_on_at_most_four_times_a_second(

@@ -74,6 +74,7 @@ class DalleTokenizer(Tokenizer):
         """Scores (B, V, rows, cols) in float32 of images (B, 3, T, T) in [0, 1]."""
         device, dtype = image.device.type, self._dtype(image.device)
         squeezed = (1 - 2 * MARGIN) * image.float() + MARGIN
+        # Both autocasts also shut out the trainer's own: ids must not depend on its precision.
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             features = self.encoder[:-1](squeezed.contiguous(memory_format=torch.channels_last))
         with torch.autocast(device, enabled=False):
