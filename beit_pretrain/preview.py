@@ -227,14 +227,14 @@ def _memory_rows(cfg: DictConfig, stage: Stage) -> Rows:
 def pretrain_activations(cfg: DictConfig, stage: Any, *, plain: bool) -> int:
     """Float32 bytes that one image leaves for the backward pass.
 
-    A block keeps (8 + 2r) L D numbers (Korthikanti et al. 2022, Sec. 4.1, without dropout), here L D more for the
-    scaled queries and 2 L D for layer scale; and H L^2 attention weights, unless its kernel computes them again.
-    With model.checkpointing only its input, for all blocks but one. The head keeps 3 M V.
+    A block keeps (8 + 2r) L D numbers (Korthikanti et al. 2022, Sec. 4.1, without dropout) and 2 L D more for
+    layer scale; and H L^2 attention weights, unless its kernel computes them again. With model.checkpointing only
+    its input, for all blocks but one. The head keeps 3 M V.
     """
     m = cfg.model
     length = 1 + stage.encoder.grid[0] * stage.encoder.grid[1]
     layer_scale = 2 if m.layer_scale else 0
-    block = int(length * m.width * (9 + 2 * m.mlp_ratio + layer_scale))
+    block = int(length * m.width * (8 + 2 * m.mlp_ratio + layer_scale))
     if m.attention == "plain" or (plain and m.attention == "auto"):
         block += m.heads * length**2
     blocks = m.depth * length * m.width + block if m.checkpointing else m.depth * block
