@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from beit_pretrain.checkpoint import files
 from beit_pretrain.compose import compose, config_dir, flat_keys
 from beit_pretrain.errors import BeitError, ConfigError
 from beit_pretrain.report import make_chain_report
+
+STARTS = ("tokenizer.checkpoint", "init_from")  # options by which a link starts from another
 
 
 class LinkFailed(BeitError):
@@ -32,13 +33,16 @@ def run_chain(overrides: Sequence[str]) -> None:
     links = link_overrides(cfg, general, by_link, folder)
     for arguments in links.values():
         compose(_without_checkpoints(arguments))  # a mistake in the last link shows before the first one runs
-    began = time.monotonic()
+    dry = any(o.partition("=")[::2] == ("dry_run", "true") for o in general)
     for number, (name, arguments) in enumerate(links.items(), 1):
         print(f"\n[{number}/{len(links)}] {name}: beit-train {' '.join(arguments)}", flush=True)
+        if dry and (missing := _missing(arguments)):
+            print(f"starts from {missing}, which is not there yet", flush=True)
+            continue
         code = subprocess.run([sys.executable, "-m", "beit_pretrain", *arguments]).returncode
         if code:
             raise LinkFailed(f"link {name} ended with exit code {code}; the same command goes on from there")
-    if cfg.dry_run:
+    if dry:
         return
     results = {name: json.loads((folder / name / "results.json").read_text()) for name in links}
     last = list(results.values())[-1]
@@ -48,7 +52,7 @@ def run_chain(overrides: Sequence[str]) -> None:
             {
                 "name": cfg.name,
                 "status": "finished",
-                "seconds": time.monotonic() - began,
+                "seconds": sum(r["seconds"] for r in results.values()),
                 "links": {name: r["metrics"] for name, r in results.items()},
                 **{key: last[key] for key in ("knn",) if key in last},
             },
@@ -125,4 +129,10 @@ def _resolve(override: str, folder: Path, links: list[str]) -> str:
 
 def _without_checkpoints(overrides: Sequence[str]) -> list[str]:
     """For composing before the links run: what they start from does not exist yet."""
-    return [o for o in overrides if o.split("=", 1)[0] not in ("tokenizer.checkpoint", "init_from")]
+    return [o for o in overrides if o.split("=", 1)[0] not in STARTS]
+
+
+def _missing(overrides: Sequence[str]) -> str | None:
+    """What a link starts from and an earlier one has not made yet."""
+    sources = [o.split("=", 1)[1] for o in overrides if o.split("=", 1)[0] in STARTS]
+    return next((source for source in sources if not Path(source).exists()), None)

@@ -37,6 +37,9 @@ A sweep: beit-train -m stage=pretrain stage.optim.lr=1e-3,2e-3 ...    Composed c
 def main(argv: Sequence[str] | None = None) -> None:
     """`beit-train`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Before torch is imported: by default OpenMP threads spin for long while they wait for each other, and where
+    # something else uses the cores too (data workers, a neighbour on the node) that made a step ten times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if any(a in ("-h", "--help") for a in arguments):
         print(_help())
     elif any(a.startswith("-") for a in arguments):
@@ -97,11 +100,16 @@ def _hydra(arguments: list[str]) -> None:
     """Sweeps and Hydra's own flags go through Hydra; a bad job of a sweep raises and does not end the others."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
     from omegaconf import DictConfig
 
     from beit_pretrain.compose import register_resolvers
 
     register_resolvers()
+    parser = OverridesParser.create()
+    given = parser.parse_overrides([a for a in arguments if not a.startswith("-")])
+    swept = {o.key_or_group for o in given if o.is_sweep_override()}
 
     @hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")
     def job(cfg: DictConfig) -> None:
@@ -109,11 +117,22 @@ def _hydra(arguments: list[str]) -> None:
 
         _quiet()
         overrides = list(HydraConfig.get().overrides.task)
-        swept = HydraConfig.get().job.override_dirname
-        cfg = complete(cfg, overrides)
-        if not any(o.startswith("name=") for o in overrides):
-            cfg.name = f"{cfg.name}/{swept}"
-        run(cfg, overrides)
+        try:
+            cfg = complete(cfg, overrides)
+            if cfg.stage is None:
+                raise ConfigError(
+                    "a sweep runs one stage with several settings: set stage=pretrain, or another"
+                )
+            # A folder for each job, named by what the sweep changes.
+            own = [o for o in overrides if o.split("=", 1)[0].lstrip("+~") in swept]
+            cfg.name = "/".join([cfg.name, ",".join(own)] if own else [cfg.name])
+            run(cfg, overrides)
+        except Exception as error:
+            mistake = _mistake(error)
+            if mistake is None:
+                raise
+            # Hydra prints its own exceptions without a traceback, after the other jobs.
+            raise HydraException(f"error: {mistake}") from error
 
     sys.argv = [sys.argv[0], *arguments]
     job()
@@ -131,6 +150,7 @@ def _quiet() -> None:
         ".*module.s. in eval mode at the start of training.*",
         ".*GPU available but not used.*",
         ".*LeafSpec.*",
+        ".*This DataLoader will create .* worker processes in total.*",
     ):
         warnings.filterwarnings("ignore", message=advice)
 

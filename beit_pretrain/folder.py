@@ -185,7 +185,7 @@ class RunFolder:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            if self.lock_file.exists():
+            with suppress(FileNotFoundError):
                 os.utime(self.lock_file)
 
     # --- going on --------------------------------------------------------------------------------------------
@@ -215,6 +215,10 @@ class RunFolder:
 
     def write_config(self, config: dict[str, Any]) -> None:
         files.write_text(self.config_file, yaml.safe_dump(config, sort_keys=False))
+
+    def reopen(self) -> None:
+        """Let a finished run go on; on other ranks too, which look for its results."""
+        (self.path / "results.json").unlink()
 
     def finished(self) -> dict[str, Any] | None:
         """results.json of a finished run."""

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from beit_pretrain import optim
+from beit_pretrain.build import build_data, build_stage, build_tokenizer
 from beit_pretrain.devices import accelerator, devices
 from beit_pretrain.errors import DataError
 from beit_pretrain.stages.base import Stage
@@ -84,7 +85,6 @@ def preview(cfg: DictConfig) -> dict[str, Any]:
 
 def _stage(cfg: DictConfig) -> Stage:
     """The stage as it would be trained, without memory for its weights."""
-    from beit_pretrain.run import build_stage  # which imports this module
 
     cfg = deepcopy(cfg)
     kind = get_class(cfg.tokenizer._target_)
@@ -104,7 +104,6 @@ def _stage(cfg: DictConfig) -> Stage:
 
 def _data(cfg: DictConfig) -> Any:
     """The data module, or why it cannot be had without fetching something."""
-    from beit_pretrain.run import build_data
 
     cfg = deepcopy(cfg)
     with open_dict(cfg):
@@ -243,7 +242,6 @@ def pretrain_activations(cfg: DictConfig, stage: Any, *, plain: bool) -> int:
 
 def saved_for_backward(cfg: DictConfig) -> int:
     """Bytes that autograd keeps of one image in the tokenizer's loss: counted, for any tokenizer."""
-    from beit_pretrain.run import build_tokenizer
 
     tokenizer: Any = build_tokenizer(cfg)
     own = {p.untyped_storage().data_ptr() for p in tokenizer.parameters()}

@@ -55,17 +55,13 @@ def _rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         if not name.endswith(("_se", "/images", "/tokens"))
     ]
     if base := results.get("baseline"):
+        gains = [f"{base[f'{n}_z']:.1f} ({n})" for n in ("loss", "accuracy") if f"{n}_z" in base]
         rows += [
             ("loss without pictures, per position", f"{base['loss_position']:.4f}"),
             ("accuracy without pictures, per position", f"{base['accuracy_position']:.4f}"),
         ]
-        if "loss_z" in base:
-            rows.append(
-                (
-                    "better than without pictures by",
-                    f"{base['loss_z']:.1f} (loss) and {base['accuracy_z']:.1f} (accuracy) standard errors",
-                )
-            )
+        if gains:
+            rows.append(("better than without pictures by", f"{' and '.join(gains)} standard errors"))
     rows.append(("time", _minutes(results.get("seconds", 0.0))))
     return rows
 

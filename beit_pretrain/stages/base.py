@@ -57,6 +57,7 @@ class Stage(LightningModule, ABC):
     """
 
     frozen: tuple[str, ...] = ()
+    statistics: tuple[str, ...] = ()  # submodules that count instead of learning
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ class Pretrain(Stage):
     """BEiT pre-training with a frozen tokenizer."""
 
     frozen = ("tokenizer",)
+    statistics = ("unigram",)
 
     def __init__(
         self,
@@ -129,6 +130,10 @@ class Pretrain(Stage):
         base = self.unigram.baselines()
         if "val/loss" in self.held_out:
             val = self.held_out
-            base["loss_z"] = (base["loss_position"] - val["val/loss"]) / val["val/loss_se"]
-            base["accuracy_z"] = (val["val/accuracy"] - base["accuracy_position"]) / val["val/accuracy_se"]
+            for name, gain in (
+                ("loss", base["loss_position"] - val["val/loss"]),
+                ("accuracy", val["val/accuracy"] - base["accuracy_position"]),
+            ):
+                if error := val[f"val/{name}_se"]:  # 0 if all held-out images score alike
+                    base[f"{name}_z"] = gain / error
         return {"baseline": base}

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from beit_pretrain.build import build_stage
 from beit_pretrain.checkpoint import files
 from beit_pretrain.errors import CheckpointError
 from beit_pretrain.stages.base import step_seed
@@ -17,8 +18,6 @@ from beit_pretrain.stages.base import step_seed
 
 def replay(path: Path) -> int:
     """Print loss, first non-finite output and non-finite gradients; 0 if the fault shows again, 1 if not."""
-    from beit_pretrain.run import build_stage
-
     saved = files.read(path)
     if "batches" not in saved:
         raise CheckpointError(f"{path} is no kept step: give a file of a run's bad_steps folder")
