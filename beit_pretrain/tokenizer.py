@@ -38,6 +38,10 @@ class TrainableTokenizer(Tokenizer):
     """A tokenizer that `stage=tokenizer` can train."""
 
     @abstractmethod
+    def plan(self, total_steps: int) -> None:
+        """Called before training with the optimiser steps there will be in all, for schedules of its own."""
+
+    @abstractmethod
     def loss(self, image: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss over images (B, 3, T, T) in [0, 1] at optimiser step `step`, and scalars to log.
 

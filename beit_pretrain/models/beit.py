@@ -21,29 +21,27 @@ from beit_pretrain.models.rel_pos import BiasLookup, RelativePositionBias, table
 
 RelPos = Literal["shared", "per_layer", "none"]
 
-INIT_STD = 0.02
-
 
 @torch.no_grad()
-def truncated_normal(parameter: Tensor, cut: float) -> None:
-    """Draw from N(0, 0.02) given that the value is within +-`cut`, in place.
+def truncated_normal(parameter: Tensor, std: float, cut: float) -> None:
+    """Draw from N(0, std) given that the value is within +-`cut`, in place.
 
     Through the inverse of the distribution function: torch's own draws again and again what falls outside,
     which takes the base model from 1 to 8 seconds when the cut is at one standard deviation.
     """
-    if cut > 5 * INIT_STD:  # concerns one value in two million, and the inverse comes to the edge of float32
-        parameter.normal_(std=INIT_STD).clamp_(-cut, cut)
+    if cut > 5 * std:  # concerns one value in two million, and the inverse comes to the edge of float32
+        parameter.normal_(std=std).clamp_(-cut, cut)
         return
-    edge = math.erf(cut / INIT_STD / math.sqrt(2))
-    parameter.uniform_(-edge, edge).erfinv_().mul_(INIT_STD * math.sqrt(2)).clamp_(-cut, cut)
+    edge = math.erf(cut / std / math.sqrt(2))
+    parameter.uniform_(-edge, edge).erfinv_().mul_(std * math.sqrt(2)).clamp_(-cut, cut)
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, cut: float) -> None:
-    """Draw linear and convolution weights from N(0, 0.02) cut at +-`cut`; biases to 0, norms to 1 and 0."""
+def initialise(module: nn.Module, std: float, cut: float) -> None:
+    """Draw linear and convolution weights from N(0, std) cut at +-`cut`; biases to 0, norms to 1 and 0."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
-            truncated_normal(part.weight, cut)
+            truncated_normal(part.weight, std, cut)
         elif isinstance(part, nn.LayerNorm):
             nn.init.ones_(part.weight)
         if isinstance(part, nn.Linear | nn.Conv2d | nn.LayerNorm) and part.bias is not None:
@@ -72,8 +70,9 @@ class Beit(nn.Module):
       0.
     - `rel_pos`: "shared" is one table for all blocks (pre-training), "per_layer" one each (fine-tuning).
     - `checkpointing`: forget activations within blocks and compute them again in the backward pass.
-    - `init_cut`: where the normal of the initialisation is truncated, in units of the weight: pre-training
-      cuts at 0.02, one standard deviation; fine-tuning cuts at 2, which is never reached.
+    - `init_std`, `init_cut`: standard deviation of the initial weights, and where their normal is truncated,
+      in units of the weight: pre-training cuts at 0.02, one standard deviation; fine-tuning cuts at 2, which
+      is never reached.
 
     Raises ConfigError with all faults at once if the sizes do not fit.
     """
@@ -94,6 +93,7 @@ class Beit(nn.Module):
         mask_token: bool = True,
         attention: KernelChoice = "auto",
         checkpointing: bool = False,
+        init_std: float = 0.02,
         init_cut: float = 0.02,
     ) -> None:
         super().__init__()
@@ -126,14 +126,16 @@ class Beit(nn.Module):
             )
             for i in range(depth)
         )
-        self._initialise(init_cut)
+        self.init_std = init_std
+        self.init_cut = init_cut
+        self._initialise()
 
     @torch.no_grad()
-    def _initialise(self, cut: float) -> None:
-        initialise(self, cut)
+    def _initialise(self) -> None:
+        initialise(self, self.init_std, self.init_cut)
         for token in (self.cls_token, self.mask_token, self.pos_embed):
             if token is not None:
-                truncated_normal(token, cut)
+                truncated_normal(token, self.init_std, self.init_cut)
         for number, block in enumerate(self._blocks(), start=1):
             # Keeps the residual stream from growing with depth; BEiT paper, Sec. 2.5.
             block.attn.proj.weight.div_(math.sqrt(2 * number))

@@ -14,14 +14,16 @@ from beit_pretrain.models.blocks import NORM_EPS
 class MIMHead(nn.Module):
     """Final norm and linear classifier over visual tokens (BEiT paper, Sec. 2.3, Eq. 1).
 
-    `init_cut` as in the encoder.
+    `init_std` and `init_cut` as in the encoder.
     """
 
-    def __init__(self, *, width: int, vocab_size: int, init_cut: float = 0.02) -> None:
+    def __init__(
+        self, *, width: int, vocab_size: int, init_std: float = 0.02, init_cut: float = 0.02
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.lm_head = nn.Linear(width, vocab_size)
-        initialise(self, init_cut)
+        initialise(self, init_std, init_cut)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Logits (M, V) of the hidden patches of tokens (B, L, D), ordered as `ids[mask]`; mask (B, N)."""

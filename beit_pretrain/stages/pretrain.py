@@ -30,13 +30,17 @@ class Pretrain(Stage):
         *,
         encoder: Beit,
         tokenizer: Tokenizer,
-        init_cut: float = 0.02,
         compile: bool = False,
         **base: Any,
     ) -> None:
         super().__init__(**base)
         self.encoder = encoder
-        self.head = MIMHead(width=encoder.width, vocab_size=tokenizer.vocab_size, init_cut=init_cut)
+        self.head = MIMHead(
+            width=encoder.width,
+            vocab_size=tokenizer.vocab_size,
+            init_std=encoder.init_std,
+            init_cut=encoder.init_cut,
+        )
         self.tokenizer = tokenizer.requires_grad_(False).eval()
         patches = encoder.grid[0] * encoder.grid[1]
         self.unigram = UnigramCounts(patches=patches, vocabulary=tokenizer.vocab_size)

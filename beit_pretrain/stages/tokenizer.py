@@ -19,6 +19,10 @@ class TrainTokenizer(Stage):
         self.tokenizer = tokenizer
         self._score: dict[str, Tensor] = {}
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.tokenizer.plan(self.total_steps)
+
     def compute(self, batch: Any, step: int) -> StepResult:
         loss, metrics = self.tokenizer.loss(batch.image.float() / 255, step)
         n = len(batch.image)

@@ -40,7 +40,7 @@ class DVae(TrainableTokenizer):
     The relaxation is that of DALL-E (arXiv 2102.12092, Sec. 2.1 and App. A.2). `layers` convolutions of
     stride 2 (2**layers pixels per token), `blocks` residual blocks on either side, V codes of `code_dim`. The
     temperature falls on a cosine from `temperature_start` to `temperature_end` over `temperature_steps`
-    optimiser steps.
+    optimiser steps, by default 80% of the training.
 
     A code whose running share of the positions (average over about `use_window` steps) lies below
     `dead_below` of an even share 1 / V is dead: every `use_window` steps it becomes a slightly changed copy
@@ -62,7 +62,7 @@ class DVae(TrainableTokenizer):
         blocks: int = 1,
         temperature_start: float = 1.0,
         temperature_end: float = 1 / 16,
-        temperature_steps: int,
+        temperature_steps: int | None = None,
         kl_weight: float = 0.0,
         straight_through: bool = False,
         use_window: int = 100,
@@ -76,6 +76,7 @@ class DVae(TrainableTokenizer):
         self.temperature_start = temperature_start
         self.temperature_end = temperature_end
         self.temperature_steps = temperature_steps
+        self.annealing = temperature_steps or 0  # optimiser steps; see `plan`
         self.kl_weight = kl_weight
         self.straight_through = straight_through
         self.use_window = use_window
@@ -100,9 +101,13 @@ class DVae(TrainableTokenizer):
         # Always zero when a checkpoint is written, which is after an optimiser step.
         self.register_buffer("pending", torch.zeros(vocab_size), persistent=False)
 
+    def plan(self, total_steps: int) -> None:
+        if self.temperature_steps is None:
+            self.annealing = round(0.8 * total_steps)
+
     def temperature(self, step: int) -> float:
         """The relaxation's temperature at an optimiser step."""
-        done = min(step / self.temperature_steps, 1.0) if self.temperature_steps else 1.0
+        done = min(step / self.annealing, 1.0) if self.annealing else 1.0
         swing = 0.5 * (self.temperature_start - self.temperature_end)
         return self.temperature_end + swing * (1 + math.cos(math.pi * done))
 
@@ -164,7 +169,7 @@ class DVae(TrainableTokenizer):
         share = self.pending / self.pending.sum().clamp(min=1)
         self.use.lerp_(share, 1 / self.use_window)
         self.pending.zero_()
-        if step < self.temperature_steps and (step + 1) % self.use_window == 0:
+        if step < self.annealing and (step + 1) % self.use_window == 0:
             self._revive(step)
 
     def drop_pending(self) -> None:
@@ -197,15 +202,15 @@ def _perplexity(counts: Tensor) -> Tensor:
     return torch.special.entr(share).sum().exp()
 
 
-def _check(start: float, end: float, steps: int, vocab_size: int, use_window: int) -> None:
+def _check(start: float, end: float, steps: int | None, vocab_size: int, use_window: int) -> None:
     """Refuse settings that cannot be meant, all at once."""
     faults = []
     if not 0 < end <= start:
         faults.append(
             f"tokenizer.temperature_end={end} must lie between 0 and tokenizer.temperature_start={start}"
         )
-    if steps < 0:
-        faults.append(f"tokenizer.temperature_steps={steps} must be 0 (no annealing) or more")
+    if steps is not None and steps < 0:
+        faults.append(f"tokenizer.temperature_steps={steps} must be 0 (no annealing) or more, or null")
     if vocab_size < 2:
         faults.append(f"tokenizer.vocab_size={vocab_size} must be at least 2")
     if use_window < 1:
