@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import time
 from collections.abc import Sequence
@@ -70,6 +71,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Results:
                     "git_commit": record.git_commit(),
                 },
             }
+            results = _without_nan(results)
             files.write_text(folder.path / "results.json", json.dumps(results, indent=2) + "\n")
             make_report(folder.path)
     return results
@@ -129,6 +131,15 @@ def _knn(cfg: DictConfig) -> Results:
     }
     metrics = {f"knn/{name}": scores[name]["accuracy"] for name in ("trained", "untrained", "pixels")}
     return {"seconds": time.monotonic() - began, "metrics": metrics, "knn": knn}
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: what could not be worked out (an error bar of one image) is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _device_name() -> str:

@@ -41,29 +41,29 @@ def _table(title: str) -> Table:
 
 
 def _rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    time = ("time", _minutes(results.get("seconds", 0.0)))
     if knn := results.get("knn"):
         return [
-            (f"kNN accuracy, pre-trained encoder (block {knn['best_block']})", f"{knn['accuracy']:.4f}"),
-            ("kNN accuracy, the same encoder untrained", f"{knn['untrained']:.4f}"),
-            ("kNN accuracy, raw pixels", f"{knn['pixels']:.4f}"),
-            ("time", _minutes(results["seconds"])),
+            (f"kNN accuracy, pre-trained (block {knn['best_block']})", _number(knn["accuracy"])),
+            ("kNN accuracy, untrained", _number(knn["untrained"])),
+            ("kNN accuracy, raw pixels", _number(knn["pixels"])),
+            time,
         ]
-    metrics = results.get("metrics", {})
-    rows = [
-        (name.replace("val/", "held-out "), f"{value:.4f}")
-        for name, value in metrics.items()
-        if not name.endswith(("_se", "/images", "/tokens"))
-    ]
-    if base := results.get("baseline"):
-        gains = [f"{base[f'{n}_z']:.1f} ({n})" for n in ("loss", "accuracy") if f"{n}_z" in base]
-        rows += [
-            ("loss without pictures, per position", f"{base['loss_position']:.4f}"),
-            ("accuracy without pictures, per position", f"{base['accuracy_position']:.4f}"),
-        ]
-        if gains:
-            rows.append(("better than without pictures by", f"{' and '.join(gains)} standard errors"))
-    rows.append(("time", _minutes(results.get("seconds", 0.0))))
-    return rows
+    metrics, base, rows = results.get("metrics", {}), results.get("baseline", {}), []
+    for name, value in metrics.items():
+        if name.endswith(("_se", "/images", "/tokens", "/temperature")):
+            continue
+        short = name.removeprefix("val/")
+        error = metrics.get(f"{name}_se")
+        rows.append((f"held-out {short}", _number(value) + (f" ± {_number(error)}" if error else "")))
+        if f"{short}_position" in base:
+            gain = f" ({base[f'{short}_z']:.1f} standard errors)" if f"{short}_z" in base else ""
+            rows.append(("   without pictures", _number(base[f"{short}_position"]) + gain))
+    return [*rows, time]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _minutes(seconds: float) -> str:
