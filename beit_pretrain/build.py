@@ -123,7 +123,7 @@ def _trainer(cfg: DictConfig) -> Trainer:
         # Buffers are statistics that every rank counts for itself and merges when they are read.
         strategy=DDPStrategy(broadcast_buffers=False) if _several(t) else "auto",
         max_epochs=cfg.stage.epochs,
-        check_val_every_n_epoch=t.evaluate_every,
+        check_val_every_n_epoch=_evaluate_every(cfg.stage.epochs, t.evaluate_every),
         detect_anomaly=t.detect_anomaly,
         logger=[make(node) for node in cfg.logger.values() if node is not None],
         callbacks=[*callbacks, make(cfg.checkpoint)],
@@ -137,6 +137,11 @@ def _trainer(cfg: DictConfig) -> Trainer:
         enable_model_summary=False,
         log_every_n_steps=1,
     )
+
+
+def _evaluate_every(epochs: int, asked: int) -> int:
+    """Epochs between evaluations: as asked, or fewer, so that the last epoch is among them."""
+    return max(n for n in range(1, asked + 1) if epochs % n == 0)
 
 
 def _several(t: DictConfig) -> bool:

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from beit_pretrain.compose import complete, compose, config_dir
+from beit_pretrain.compose import complete, compose, config_dir, explicit_keys
 from beit_pretrain.errors import BeitError, ConfigError
 
 HELP = """\
@@ -50,16 +50,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(overrides: Sequence[str]) -> None:
     """One run, or a chain of them."""
-    cfg = compose(overrides)
-    if cfg.stage is not None and cfg.chain is not None:
+    keys = explicit_keys(overrides)
+    stage, chain = (keys.get(group, "null") != "null" for group in ("stage", "chain"))
+    if stage and chain:
         raise ConfigError(
             "stage and chain are both given: a chain brings its own stages, leave one of them out"
         )
-    if cfg.stage is None:
+    if not stage:
         from beit_pretrain.chain import run_chain
 
-        run_chain(overrides if cfg.chain is not None else ["chain=quickstart", *overrides])
+        run_chain(overrides if chain else ["chain=quickstart", *overrides])
         return
+    cfg = compose(overrides)
     from beit_pretrain.run import run
     from beit_pretrain.summary import show
 
@@ -101,7 +103,7 @@ def _hydra(arguments: list[str]) -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+    from hydra.errors import CompactHydraException
     from omegaconf import DictConfig
 
     from beit_pretrain.compose import register_resolvers
@@ -132,7 +134,7 @@ def _hydra(arguments: list[str]) -> None:
             if mistake is None:
                 raise
             # Hydra prints its own exceptions without a traceback, after the other jobs.
-            raise HydraException(f"error: {mistake}") from error
+            raise CompactHydraException(f"error: {mistake}") from error
 
     sys.argv = [sys.argv[0], *arguments]
     job()

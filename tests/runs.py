@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from beit_pretrain.build import build_stage
 from beit_pretrain.checkpoint import files, record
 from beit_pretrain.compose import compose
 from beit_pretrain.folder import plain
-from beit_pretrain.run import build_stage
 
 DIGITS_TOKENIZER = [
     "stage=tokenizer",

@@ -14,12 +14,13 @@ from runs import DIGITS_TOKENIZER, pretrain, save_pretrained, save_tokenizer
 from torch import Tensor
 
 from beit_pretrain import optim
+from beit_pretrain.build import build_stage
 from beit_pretrain.cli import main
 from beit_pretrain.compose import compose
 from beit_pretrain.folder import plain
 from beit_pretrain.models.beit import Beit
 from beit_pretrain.preview import pretrain_activations, preview, saved_for_backward
-from beit_pretrain.run import build_stage, run
+from beit_pretrain.run import run
 
 CPU = "trainer.accelerator=cpu"
 

@@ -127,7 +127,7 @@ def _outer_sheets(run: Run) -> list[pictures.Picture]:
     """The last sheet and, to compare with, the first."""
     if len(run.sheets) < 2:
         return [_sheet(sheet) for sheet in run.sheets]
-    return [_sheet(run.sheets[-1], ", the end"), _sheet(run.sheets[0], ", the start")]
+    return [_sheet(run.sheets[-1], ", the last one"), _sheet(run.sheets[0], ", the first one")]
 
 
 def _strip(run: Run) -> list[pictures.Picture]:

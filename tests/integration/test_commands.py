@@ -104,8 +104,8 @@ def test_a_sweep_runs_every_job_in_its_own_folder_and_outlives_a_bad_one(tmp_pat
         code=1,
     )
     folder = tmp_path / "runs" / "sweep"
-    assert (folder / "stage.optim.lr=1e-3" / "results.json").exists()
-    assert (folder / "stage.optim.lr=2e-3" / "results.json").exists()
+    assert (folder / "stage.optim.lr=0.001" / "results.json").exists()
+    assert (folder / "stage.optim.lr=0.002" / "results.json").exists()
     assert "stage.optim.lr=-1" in output and "Traceback" not in output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
 

@@ -14,7 +14,7 @@ from running import SMALL_PRETRAIN, assert_equal, train
 from torch import Tensor
 
 from beit_pretrain.compose import compose
-from beit_pretrain.errors import CheckpointError, TrainingError
+from beit_pretrain.errors import CheckpointError, ConfigError, TrainingError
 from beit_pretrain.run import run
 from beit_pretrain.stages.base import StepResult
 from beit_pretrain.stages.pretrain import Pretrain
@@ -97,7 +97,7 @@ def test_two_ranks_train_as_one_device_does(tokenizer_run: Path) -> None:
 def test_callbacks_do_not_touch_the_weights(tokenizer_run: Path) -> None:
     watched = go(tokenizer_run, "watched", base=FAST)
     alone = go(tokenizer_run, "alone")
-    assert (watched / "pictures").exists() and not (alone / "pictures").exists()
+    assert list(watched.glob("pictures/step-*.png")) and not list(alone.glob("pictures/step-*.png"))
     assert metrics(watched, "knn/best")
     assert_equal(weights(watched), weights(alone), "weights")
 
@@ -204,15 +204,19 @@ def test_the_same_command_prints_results_and_a_changed_one_is_refused(
 
 
 def test_another_tokenizer_is_refused_when_a_run_goes_on(tokenizer_run: Path) -> None:
-    folder = go(tokenizer_run, "own")
-    (folder / "results.json").unlink()
-    path = Path("other.ckpt")
     saved = torch.load(tokenizer_run / "checkpoints" / "best.ckpt", weights_only=True)
+    path = Path("tokenizer.ckpt")
+    torch.save(saved, path)
+    folder = go(path, "own")
+    (folder / "results.json").unlink()
     name = next(k for k in saved["state_dict"] if k.endswith("weight"))
     saved["state_dict"][name] += 1
     torch.save(saved, path)
     with pytest.raises(CheckpointError, match=r"the tokenizer's weights .* are not those"):
         go(path, "own")
+    torch.save(saved, "other.ckpt")
+    with pytest.raises(ConfigError, match=r"tokenizer\.checkpoint: tokenizer.ckpt -> other.ckpt"):
+        go(Path("other.ckpt"), "own")
 
 
 def test_results_hold_baselines_in_standard_errors(pretrain_run: Path) -> None:

@@ -177,7 +177,7 @@ def test_pictures_are_the_files_own_bytes_while_small(make_run) -> None:
     names = [1000, 0, 250, 500, 750]  # the last, the first, then those between
     files = [run / "pictures" / f"step-{step:08d}.png" for step in names] + [run / "pictures" / "masks.png"]
     assert [picture["alt"] for picture in pictures] == [
-        "Step 1,000, the end", "Step 0, the start", "Step 250", "Step 500", "Step 750",
+        "Step 1,000, the last one", "Step 0, the first one", "Step 250", "Step 500", "Step 750",
         "Hidden patches (mask sheet)",
     ]  # fmt: skip
     for picture, file in zip(pictures, files, strict=True):
