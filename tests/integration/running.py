@@ -95,10 +95,8 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def train_with_kills(
-    arguments: Sequence[str], cwd: Path, run: Path, *, kills: int, seed: int, seconds: float
-) -> None:
-    """Kill a run `kills` times, at random times of its `seconds` of training or while it writes, then finish it."""
+def train_with_kills(arguments: Sequence[str], cwd: Path, run: Path, *, kills: int, seed: int) -> None:
+    """Kill a run `kills` times, at random times or while it writes, then finish it."""
     rng = random.Random(seed)
     for number in range(kills):
         process = start(arguments, cwd)
@@ -111,16 +109,14 @@ def train_with_kills(
             assert time.monotonic() < deadline, "the run made no progress"
             checkpoints = run / "checkpoints"
             if until is None and any(p.name > newest for p in checkpoints.glob("step-*.ckpt")):
-                until = time.monotonic() + rng.uniform(0, seconds / 2)
+                until = time.monotonic() + rng.uniform(0, 0.5)
             if until is not None and not writing and time.monotonic() >= until:
                 break
             if until is not None and writing and any(checkpoints.glob(".*.tmp")):
                 break
             time.sleep(0.001)
-        if process.poll() is None:
-            kill(process)
-        else:
-            process.communicate()
+        assert process.poll() is None, process.communicate()[0]
+        kill(process)
     train(arguments, cwd)
 
 

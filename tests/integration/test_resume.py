@@ -19,9 +19,7 @@ def _compare(base: list[str], folder: Path, *, kills: int, seed: int) -> None:
     whole, killed = folder / "runs" / "whole", folder / "runs" / "killed"
     often = [*base, "checkpoint.every_steps=3", "stage.log_every=5"]
     train([*often, *_record(whole), "name=whole"], folder)
-    train_with_kills(
-        [*often, *_record(killed), "name=killed"], folder, killed, kills=kills, seed=seed, seconds=4.0
-    )
+    train_with_kills([*often, *_record(killed), "name=killed"], folder, killed, kills=kills, seed=seed)
     assert_same_run(whole, killed)
 
 
@@ -30,7 +28,7 @@ def test_pretraining_killed_three_times_ends_bit_identical(tokenizer_run: Path, 
         [
             *SMALL_PRETRAIN,
             f"tokenizer.checkpoint={tokenizer_run}",
-            "stage.epochs=3",
+            "stage.epochs=5",
             "micro_batch_size=32",
             "masking.exact=false",
             "data.workers=2",
@@ -42,12 +40,11 @@ def test_pretraining_killed_three_times_ends_bit_identical(tokenizer_run: Path, 
 
 
 def test_a_tokenizer_killed_three_times_ends_bit_identical(tmp_path: Path) -> None:
-    _compare([*SMALL_TOKENIZER, "stage.epochs=3", "data.workers=0"], tmp_path, kills=3, seed=2)
+    _compare([*SMALL_TOKENIZER, "stage.epochs=5", "data.workers=0"], tmp_path, kills=3, seed=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stage", ["tokenizer", "pretrain"])
+@pytest.mark.parametrize(("stage", "workers"), [("tokenizer", 2), ("pretrain", 0)])
 def test_a_run_killed_ten_times_ends_bit_identical(
     stage: str, workers: int, tokenizer_run: Path, tmp_path: Path
 ) -> None:
@@ -56,5 +53,5 @@ def test_a_run_killed_ten_times_ends_bit_identical(
         if stage == "tokenizer"
         else [*SMALL_PRETRAIN, f"tokenizer.checkpoint={tokenizer_run}"]
     )
-    extra = ["stage.epochs=6", f"data.workers={workers}", "micro_batch_size=32"]
+    extra = ["stage.epochs=12", f"data.workers={workers}", "micro_batch_size=32"]
     _compare([*base, *extra], tmp_path, kills=10, seed=3 + workers)
