@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from beit_pretrain.checkpoint import files
+from beit_pretrain.errors import ConfigError
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -44,6 +45,10 @@ class SaveCheckpoints(Checkpoint):
         every_minutes: float | None = 30.0,
         keep: int = 2,
     ) -> None:
+        if keep < 1:
+            raise ConfigError(
+                f"checkpoint.keep={keep}: set 1 or more; a run goes on from the newest checkpoint"
+            )
         self.folder = Path(folder)
         self.monitor = monitor
         self.every_steps = every_steps
@@ -77,10 +82,16 @@ class SaveCheckpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         value = trainer.callback_metrics.get(self.monitor)
-        best = value is not None and (self.best_value is None or float(value) < self.best_value)
-        if best:
-            self.best_value, self.best_step = float(value), trainer.global_step
+        best = value is not None and (self.best_value is None or value.item() < self.best_value)
+        if value is not None and best:
+            self.best_value, self.best_step = value.item(), trainer.global_step
         self._save(trainer, best)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A run killed between writing its best checkpoint and naming it so.
+        best = self.folder / f"step-{self.best_step:08d}.ckpt"
+        if trainer.is_global_zero and best.exists():
+            _link(self.folder / "best.ckpt", best)
 
     def _save(self, trainer: Trainer, best: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
