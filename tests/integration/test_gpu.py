@@ -1,0 +1,42 @@
+"""What only a CUDA device can show; run with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from running import SMALL_PRETRAIN, train
+
+from beit_pretrain.models.blocks import attend
+
+pytestmark = pytest.mark.gpu
+
+
+def losses(folder: Path) -> list[float]:
+    with (folder / "metrics.csv").open() as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+def test_the_cuda_kernel_and_its_bias_gradient_agree_with_float64() -> None:
+    torch.manual_seed(0)
+    wide = [torch.randn(2, 3, 197, 64, dtype=torch.float64, device="cuda") for _ in range(3)]
+    bias = torch.randn(3, 197, 200, dtype=torch.float64, device="cuda", requires_grad=True)
+    exact = attend(*wide, bias[..., :197], "plain")
+    (exact_gradient,) = torch.autograd.grad(exact.sin().sum(), bias)
+    narrow = bias.detach().float().requires_grad_()
+    out = attend(*(w.float() for w in wide), narrow[..., :197], "sdpa")
+    (gradient,) = torch.autograd.grad(out.sin().sum(), narrow)
+    torch.testing.assert_close(out.double(), exact, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(gradient.double(), exact_gradient, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed", "16-mixed"])
+def test_a_gpu_follows_the_cpu(precision: str, tokenizer_run: Path, tmp_path: Path) -> None:
+    same = [o for o in SMALL_PRETRAIN if not o.startswith("trainer.accelerator")]
+    same += [f"tokenizer.checkpoint={tokenizer_run}", "stage.log_every=1", "model.drop_path=0.0"]
+    train([*same, "name=cpu", "trainer.accelerator=cpu"], tmp_path)
+    train([*same, "name=gpu", "trainer.accelerator=gpu", f"trainer.precision={precision}"], tmp_path)
+    expected, found = losses(tmp_path / "runs" / "cpu"), losses(tmp_path / "runs" / "gpu")
+    assert found == pytest.approx(expected, rel=1e-3 if precision == "32" else 0.03)
