@@ -116,6 +116,8 @@ def _point(link: Path, target: Path) -> None:
 
 def _link(link: Path, target: Path) -> None:
     """A second name for a file, which outlives the first one's removal and takes no space."""
+    if link.exists() and link.samefile(target):
+        return  # renaming one name of a file to another one of it would leave both
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     os.link(target, temporary)

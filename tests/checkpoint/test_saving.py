@@ -58,7 +58,9 @@ def test_a_best_checkpoint_that_was_not_named_before_a_kill_is_named_on_going_on
     saver = SaveCheckpoints(folder=tmp_path)
     saver.load_state_dict({"best_value": 1.0, "best_step": 20})
     saver.on_train_start(trainer(20, None), None)  # pyright: ignore[reportArgumentType]
+    saver.on_train_start(trainer(20, None), None)  # pyright: ignore[reportArgumentType]
     assert (tmp_path / "best.ckpt").read_text() == "20"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.ckpt", "step-00000020.ckpt"]
 
 
 def test_no_checkpoint_at_all_is_refused(tmp_path: Path) -> None:
