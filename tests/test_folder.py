@@ -66,7 +66,7 @@ def test_the_same_configuration_goes_on_without_a_word(tmp_path: Path, config: d
         "trainer.num_nodes=4",
         "trainer.compile=true",
         "micro_batch_size=8",
-        "data.workers=0",
+        "data.workers=3",
         "logger=csv",
         "~callbacks.knn",
         "checkpoint.every_minutes=1",

@@ -25,6 +25,12 @@ from beit_pretrain.run import run
 CPU = "trainer.accelerator=cpu"
 
 
+def fixed(tokenizer: Path) -> list[str]:
+    """A pre-training whose numbers are those of these tests, however its recipe is tuned."""
+    own = ["batch_size=64", "masking.count=26", "stage.optim.warmup_epochs=4", "stage.epochs=60"]
+    return [*pretrain(tokenizer), *own]
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tokenizer(tmp_path_factory.mktemp("runs") / "tok")
@@ -47,15 +53,15 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_resolved_configuration_can_be_read_back(
     capsys: pytest.CaptureFixture[str], tokenizer: Path
 ) -> None:
-    cfg = compose([*pretrain(tokenizer), CPU])
+    cfg = compose([*fixed(tokenizer), CPU])
     config, _ = shown(capsys, cfg)
     assert yaml.safe_load(config) == plain(cfg)
 
 
 def test_a_pretraining_is_described(capsys: pytest.CaptureFixture[str], tokenizer: Path) -> None:
-    cfg = compose([*pretrain(tokenizer), CPU, "micro_batch_size=16", "stage.epochs=10", "batch_size=128"])
+    cfg = compose([*fixed(tokenizer), CPU, "micro_batch_size=16", "stage.epochs=10", "batch_size=128"])
     _, rows = shown(capsys, cfg)
-    stage = build_stage(compose([*pretrain(tokenizer), CPU]))
+    stage = build_stage(compose([*fixed(tokenizer), CPU]))
     for part in ("encoder", "head"):
         count = sum(p.numel() for p in stage.get_submodule(part).parameters())
         assert rows[f"parameters, {part}"] == f"{count:,}"
@@ -84,14 +90,14 @@ def test_the_published_model_has_the_published_size(capsys: pytest.CaptureFixtur
 
 
 def test_masks_that_may_fall_short_are_called_so(capsys: pytest.CaptureFixture[str], tokenizer: Path) -> None:
-    _, rows = shown(capsys, compose([*pretrain(tokenizer), CPU, "masking.exact=false"]))
+    _, rows = shown(capsys, compose([*fixed(tokenizer), CPU, "masking.exact=false"]))
     assert rows["hidden patches"] == "at most 26 (41%)"
 
 
 def test_the_schedule_and_the_groups_are_those_of_the_optimiser(
     capsys: pytest.CaptureFixture[str], tokenizer: Path
 ) -> None:
-    cfg = compose([*pretrain(tokenizer), CPU, "stage.optim.layer_decay=0.8", "stage.epochs=20"])
+    cfg = compose([*fixed(tokenizer), CPU, "stage.optim.layer_decay=0.8", "stage.epochs=20"])
     _, rows = shown(capsys, cfg)
     recipe = optim.Recipe(lr=2e-3, warmup_epochs=4, layer_decay=0.8)
     points = {int(k): v for k, v in rows.items() if k.isdigit()}
@@ -143,7 +149,7 @@ def test_a_dry_run_writes_nothing_and_ends_well(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    main([*pretrain(tokenizer), CPU, "dry_run=true"])
+    main([*fixed(tokenizer), CPU, "dry_run=true"])
     assert "hidden patches" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
@@ -175,7 +181,7 @@ def test_a_dry_run_is_checked_first(
 
 
 def test_a_preview_leaves_the_configuration_as_it_was(tokenizer: Path) -> None:
-    cfg = compose([*pretrain(tokenizer), CPU, "dry_run=true"])
+    cfg = compose([*fixed(tokenizer), CPU, "dry_run=true"])
     before = deepcopy(cfg)
     assert run(cfg) == {}
     assert cfg == before
@@ -226,7 +232,7 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(more: list[str]
 
 
 def test_checkpointing_shows_in_the_estimate(tokenizer: Path) -> None:
-    cfg = compose([*pretrain(tokenizer), "model.depth=8"])
+    cfg = compose([*fixed(tokenizer), "model.depth=8"])
     stage = build_stage(cfg)
     usual = pretrain_activations(cfg, stage, plain=True)
     cfg.model.checkpointing = True
@@ -237,7 +243,7 @@ def test_checkpointing_shows_in_the_estimate(tokenizer: Path) -> None:
 
 def test_half_precision_halves_what_a_pass_takes(capsys: pytest.CaptureFixture[str], tokenizer: Path) -> None:
     def of_each_pass(*more: str) -> tuple[float, str]:
-        _, rows = shown(capsys, compose([*pretrain(tokenizer), CPU, "batch_size=1024", *more]))
+        _, rows = shown(capsys, compose([*fixed(tokenizer), CPU, "batch_size=1024", *more]))
         text = rows["of each pass"]
         found = re.match(r"([\d.]+) (MiB|GiB)", text)
         assert found
@@ -245,7 +251,7 @@ def test_half_precision_halves_what_a_pass_takes(capsys: pytest.CaptureFixture[s
 
     full, _ = of_each_pass()
     half, text = of_each_pass("trainer.precision=bf16-mixed")
-    assert half == pytest.approx(full / 2, rel=0.01)
+    assert half == pytest.approx(full / 2, rel=0.03)  # printed to two digits
     assert text.endswith("in 16 bit")
 
 
