@@ -16,44 +16,59 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from beit_pretrain.checkpoint import files, record
+from beit_pretrain.checkpoint.adapt import Report
 from beit_pretrain.checkpoint.saving import AtomicCheckpointIO
-from beit_pretrain.compose import pair
 from beit_pretrain.data.transforms import RESIZE_IMPLEMENTATION
-from beit_pretrain.errors import CheckpointError, ConfigError
+from beit_pretrain.errors import ConfigError
+from beit_pretrain.origins import load_strictly, load_weights
 from beit_pretrain.stages.base import Stage
+from beit_pretrain.wording import pair
+
+SUPERVISED = ("classify", "probe")  # stages that learn from labels
 
 
-def build_run(cfg: DictConfig, config: dict[str, Any]) -> tuple[Stage, Any, Trainer]:
-    """The stage, its data and its trainer."""
-    stage = build_stage(cfg)
-    parents = {}
+def build_run(cfg: DictConfig, config: dict[str, Any]) -> tuple[Stage, Any, Trainer, Report | None]:
+    """The stage, its data and its trainer; and what became of the weights of `init_from`, if they were adapted."""
+    data = build_data(cfg)
+    classes = data.class_names if cfg.stage.name in SUPERVISED else None
+    stage = build_stage(cfg, classes)
+    data.views, data.eval_views = stage.views, stage.eval_views
+    parents, report = {}, None
     if cfg.init_from:
-        parents["init_from"] = load_weights(stage, cfg.init_from, statistics=cfg.mode == "evaluate")
+        parents["init_from"], report = load_weights(stage, cfg, classes)
     if cfg.stage.name == "pretrain" and cfg.tokenizer.get("checkpoint"):
         found = files.resolve(Path(cfg.tokenizer.checkpoint), key="tokenizer.checkpoint")
         parents["tokenizer"] = files.sha256(found)
-    data = build_data(cfg, views=stage.views, eval_views=stage.eval_views)
     stage.record = record.make_record(config, _preprocessing(cfg, data), parents)
     trainer = _trainer(cfg)
     trainer.accumulate_grad_batches = data.plan(trainer.world_size).accumulate
-    return stage, data, trainer
+    return stage, data, trainer, report
 
 
-def build_stage(cfg: DictConfig) -> Stage:
-    """The stage with its models; fresh weights are a function of the seed."""
+def build_stage(cfg: DictConfig, classes: Sequence[str] | None = None) -> Stage:
+    """The stage with its models; fresh weights are a function of the seed.
+
+    `classes` are the names that a stage which learns from labels tells apart.
+    """
     seed_everything(cfg.seed, verbose=False)
-    parts: dict[str, Any] = {"tokenizer": build_tokenizer(cfg)}
+    parts: dict[str, Any] = {}
+    if cfg.stage.name in ("tokenizer", "pretrain"):
+        parts["tokenizer"] = build_tokenizer(cfg)
     if cfg.stage.name != "tokenizer":
         parts["encoder"] = make(cfg.model)
-    return make(cfg.stage, **parts)
+    if classes is not None:
+        parts["classes"] = list(classes)
+    return make(cfg.stage, drop=("name", "encoder", "knn"), **parts)
 
 
-def build_data(cfg: DictConfig, *, views: Any, eval_views: Any) -> Any:
+def build_data(cfg: DictConfig) -> Any:
+    """The data module, still without views: those are the stage's."""
     return make(
         cfg.data,
         drop=("name", "normalize", "root", "dataset"),
-        views=views,
-        eval_views=eval_views,
+        views=None,
+        eval_views=None,
+        labelled=cfg.stage.name in SUPERVISED,
         batch_size=cfg.batch_size,
         micro_batch_size=cfg.micro_batch_size,
         seed=cfg.seed,
@@ -82,34 +97,6 @@ def build_tokenizer(cfg: DictConfig) -> nn.Module:
         saved = record.read(Path(cfg.tokenizer.checkpoint), key=key)
         load_strictly(tokenizer, record.part(saved, "tokenizer", key=key), key)
     return tokenizer
-
-
-def load_weights(stage: Stage, path: str, *, statistics: bool) -> str:
-    """Put the weights of `init_from` into the stage, all of them; returns the file's hash.
-
-    With `statistics` also what the run counted on the way, for a score that is compared with it.
-    """
-    saved = record.read(Path(path), key="init_from")
-    names = {name.split(".")[0] for name, _ in stage.trained_parameters()}
-    names.update(stage.statistics if statistics else ())
-    for name in sorted(names):
-        load_strictly(getattr(stage, name), record.part(saved, name, key="init_from"), "init_from")
-    return files.sha256(files.resolve(Path(path), key="init_from"))
-
-
-def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], key: str) -> None:
-    """`load_state_dict`, with every key that does not fit named in one line."""
-    own = module.state_dict()
-    faults = [f"{name} is missing" for name in own.keys() - state.keys()]
-    faults += [f"{name} has no place" for name in state.keys() - own.keys()]
-    faults += [
-        f"{name} is {tuple(state[name].shape)}, needed {tuple(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
-    ]
-    if faults:
-        raise CheckpointError(f"{key}: the weights do not fit: {'; '.join(sorted(faults))}")
-    module.load_state_dict(state)
 
 
 def _trainer(cfg: DictConfig) -> Trainer:

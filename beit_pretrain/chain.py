@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from beit_pretrain.checkpoint import files
 from beit_pretrain.compose import compose, config_dir, flat_keys
@@ -28,7 +28,9 @@ def run_chain(overrides: Sequence[str]) -> None:
     Overrides without a prefix go to every link that knows the key; `links.NAME.key=value` to one.
     """
     general, by_link = split_overrides(overrides)
-    cfg = compose([o for o in overrides if o.split("=")[0].lstrip("+~") in ("chain", "name", "runs")])
+    cfg = compose([o for o in overrides if _of_the_chain(o)])
+    if missing := [key for key in cfg.chain if OmegaConf.is_missing(cfg.chain, key)]:
+        raise ConfigError([f"chain.{key} is not given: set chain.{key}=..." for key in missing])
     folder = Path(cfg.runs) / cfg.name
     links = link_overrides(cfg, general, by_link, folder)
     for arguments in links.values():
@@ -45,7 +47,6 @@ def run_chain(overrides: Sequence[str]) -> None:
     if dry:
         return
     results = {name: json.loads((folder / name / "results.json").read_text()) for name in links}
-    last = list(results.values())[-1]
     files.write_text(
         folder / "results.json",
         json.dumps(
@@ -54,7 +55,6 @@ def run_chain(overrides: Sequence[str]) -> None:
                 "status": "finished",
                 "seconds": sum(r["seconds"] for r in results.values()),
                 "links": {name: r["metrics"] for name, r in results.items()},
-                **{key: last[key] for key in ("knn",) if key in last},
             },
             indent=2,
         )
@@ -79,9 +79,15 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, list
                 raise ConfigError(f"{override}: write links.NAME.key=value")
             prefix = key[: len(key) - len(bare)]
             by_link.setdefault(name, []).append(prefix + rest + override[len(key) :])
-        elif bare not in ("chain", "name", "runs", "run_dir"):
+        elif not _of_the_chain(override):
             general.append(override)
     return general, by_link
+
+
+def _of_the_chain(override: str) -> bool:
+    """Whether an override is for the chain itself, not for its links."""
+    key = override.split("=", 1)[0].lstrip("+~")
+    return key in ("chain", "name", "runs", "run_dir") or key.startswith("chain.")
 
 
 def link_overrides(

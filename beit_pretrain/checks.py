@@ -10,7 +10,6 @@ import difflib
 import glob
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,27 +18,30 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from beit_pretrain.devices import ACCELERATORS, batch_faults, device_faults
-from beit_pretrain.errors import CheckpointError, ConfigError
+from beit_pretrain.compose import explicit_keys
+from beit_pretrain.devices import ACCELERATORS, batch_faults, device_faults, devices
+from beit_pretrain.errors import ConfigError
+from beit_pretrain.origins import WEIGHTS, start_faults, untrained
 from beit_pretrain.tokenizer import TrainableTokenizer
-from beit_pretrain.wording import bracket, either, is_whole, nearest, show, sides_of, size, times
+from beit_pretrain.wording import either, is_whole, nearest, show, sides_of, size, times
 
-STAGES = ("tokenizer", "pretrain", "knn")
+STAGES = ("tokenizer", "pretrain", "classify", "probe", "knn")
 MODES = ("fit", "evaluate")
 PRECISIONS = ("auto", "32", "32-true", "bf16-mixed", "16-mixed")
-# What two encoders must have in common for the weights of one to fit into the other.
-SHAPES = ("image_size", "patch_size", "width", "depth", "heads", "mlp_ratio", "rel_pos", "abs_pos")
-
 Faults = Iterator[str]
 
 
-def check(cfg: DictConfig) -> None:
-    """Raises ConfigError with everything that is wrong, or returns without a word."""
+def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
+    """Raises ConfigError with everything that is wrong, or returns without a word.
+
+    `overrides` are what the user set by hand: some things are allowed only on purpose.
+    """
     if faults := list(_missing(cfg)):
         # Without a stage, or with an interpolation that leads nowhere, nothing else can be said.
         raise ConfigError(faults)
-    for one in (_numbers, _choices, _model, _grids, _masks, _recipe, _start, _folders):
+    for one in (_numbers, _choices, _model, _grids, _masks, _recipe, _mixing):
         faults += one(cfg)
+    faults += [*start_faults(cfg, explicit_keys(overrides)), *_folders(cfg)]
     faults += [*device_faults(cfg), *batch_faults(cfg)]
     if faults:
         raise ConfigError(faults)
@@ -113,6 +115,7 @@ def _numbers(cfg: DictConfig) -> Faults:
 
 def _choices(cfg: DictConfig) -> Faults:
     yield from _choice("mode", cfg.mode, MODES)
+    yield from _choice("init_weights", cfg.init_weights, WEIGHTS)
     yield from _choice("trainer.precision", cfg.trainer.precision, PRECISIONS)
     yield from _choice("trainer.accelerator", cfg.trainer.accelerator, ACCELERATORS)
     flags = ["overwrite", "debug", "dry_run", "trainer.compile"]
@@ -179,7 +182,8 @@ def _tokenizer(cfg: DictConfig) -> tuple[list[int] | None, int, list[str]]:
 
 
 def _grids(cfg: DictConfig) -> Faults:
-    tokens, stride, faults = (None, 1, []) if cfg.stage.name == "knn" else _tokenizer(cfg)
+    uses_tokens = cfg.stage.name in ("tokenizer", "pretrain")
+    tokens, stride, faults = _tokenizer(cfg) if uses_tokens else (None, 1, [])
     yield from faults
     sides, patch = sides_of(cfg.image_size), cfg.model.patch_size
     if cfg.stage.name == "tokenizer" or sides is None or not is_whole(patch, 1):
@@ -189,7 +193,7 @@ def _grids(cfg: DictConfig) -> Faults:
         return
     patches = [side // patch for side in sides]
     # A tokenizer that is still to be trained has no size yet: that is its fault to name.
-    if cfg.stage.name != "pretrain" or not tokens or tokens == patches or _untrained(cfg):
+    if cfg.stage.name != "pretrain" or not tokens or tokens == patches or untrained(cfg):
         return
     here = f"image_size={size([n * patch for n in tokens])}"
     there = f"tokenizer.image_size={size([n * stride for n in patches])}"
@@ -225,6 +229,20 @@ def _recipe(cfg: DictConfig) -> Faults:
         yield from _built("stage.optim", cfg.stage.optim)[1]
 
 
+def _mixing(cfg: DictConfig) -> Faults:
+    """Mixup and CutMix pair the images of a pass with one another."""
+    if cfg.stage.name != "classify" or not (cfg.stage.mixup or cfg.stage.cutmix) or cfg.mode == "evaluate":
+        return
+    share = cfg.micro_batch_size
+    if share is None and is_whole(cfg.batch_size, 1) and (count := devices(cfg)):
+        share = cfg.batch_size // (count * cfg.trainer.num_nodes)
+    if share is not None and is_whole(share, 1) and share % 2:
+        yield (
+            f"stage.mixup and stage.cutmix mix images in pairs, but a device takes {share} at a time: set "
+            "micro_batch_size to an even number"
+        )
+
+
 def _built(group: str, node: DictConfig) -> tuple[Any, list[str]]:
     """What a node describes, without memory for its weights; or None and why it cannot be made."""
     options = OmegaConf.to_container(node, resolve=True)
@@ -240,68 +258,6 @@ def _built(group: str, node: DictConfig) -> tuple[Any, list[str]]:
             return None, cause.faults
         reason = " ".join(str(cause).split())
         return None, [f"{group}: an option is of a wrong kind ({reason}); see {group}.* in the configuration"]
-
-
-# --- where it starts from -----------------------------------------------------------------------------------
-
-
-def _start(cfg: DictConfig) -> Faults:
-    stage = cfg.stage.name
-    for asked, given in (("stage=knn", stage == "knn"), ("mode=evaluate", cfg.mode == "evaluate")):
-        if given and not cfg.init_from:
-            yield f"{asked} needs weights to score: set init_from to a run folder or a checkpoint"
-            break
-    if stage == "pretrain" and _untrained(cfg):
-        yield (
-            "tokenizer.checkpoint is not given, and this tokenizer has no weights of its own: train one with "
-            "stage=tokenizer and set tokenizer.checkpoint to its run folder, or set tokenizer=dalle"
-        )
-    elif stage == "pretrain" and "checkpoint" in cfg.tokenizer:
-        yield from _read("tokenizer.checkpoint", cfg.tokenizer.checkpoint, "tokenizer")[1]
-    if cfg.init_from:
-        saved, faults = _read("init_from", cfg.init_from, "tokenizer" if stage == "tokenizer" else "encoder")
-        yield from faults
-        if saved and stage != "tokenizer":
-            yield from _agrees(cfg, saved)
-
-
-def _read(key: str, path: str, part: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """What a checkpoint says about itself, or None and why it cannot give this part."""
-    from beit_pretrain.checkpoint import record
-
-    try:
-        checkpoint = record.read(Path(path), key=key)
-    except CheckpointError as error:
-        return None, [str(error)]
-    try:
-        record.part(checkpoint, part, key=f"{key}={path}")
-    except CheckpointError as error:
-        needed = "tokenizer" if part == "tokenizer" else "pretrain"
-        return None, [f"{error}: set {key} to a run of stage={needed}"]
-    return checkpoint["beit_pretrain"], []
-
-
-def _agrees(cfg: DictConfig, saved: dict[str, Any]) -> Faults:
-    """What the encoder of `init_from` was made for: pixels of this scale, an encoder of this shape."""
-    then = {name: [float(v) for v in saved["preprocessing"][name]] for name in ("mean", "std")}
-    now = {name: [float(v) for v in cfg.data.normalize[name]] for name in ("mean", "std")}
-    if then != now:
-        values = [f"'data.normalize.{n}={bracket(then[n])}'" for n in then if then[n] != now[n]]
-        yield (
-            f"init_from={cfg.init_from} saw images normalised with mean {bracket(then['mean'])} and std "
-            f"{bracket(then['std'])}, here they are {bracket(now['mean'])} and {bracket(now['std'])}: "
-            f"set {' '.join(values)}"
-        )
-    model = OmegaConf.to_container(cfg.model, resolve=True)
-    before = saved["config"]["model"]
-    assert isinstance(model, dict)
-    other = [key for key in SHAPES if model.get(key) != before.get(key)]
-    if other:
-        pairs = ", ".join(f"model.{key}={show(model.get(key))} ({show(before.get(key))})" for key in other)
-        yield (
-            f"init_from={cfg.init_from} holds another encoder than this one; here (there): {pairs}: "
-            f"set model={before.get('name')} and image_size={size(before.get('image_size'))} as there"
-        )
 
 
 # --- images -------------------------------------------------------------------------------------------------

@@ -19,11 +19,10 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from beit_pretrain.adoption import adopt_checkpoints
 from beit_pretrain.errors import ConfigError
-from beit_pretrain.wording import either
+from beit_pretrain.wording import either, pair
 
-# Decided by whoever starts the program, or by where a checkpoint lies; never taken over from a checkpoint.
-NOT_ADOPTED = {"checkpoint", "cache", "offline"}
 NEEDED = (
     "model",
     "tokenizer",
@@ -41,19 +40,14 @@ def config_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def pair(size: Any) -> list[int]:
-    """`224` or `[192, 160]` as [height, width]."""
-    return (
-        [int(s) for s in size]
-        if OmegaConf.is_list(size) or isinstance(size, list | tuple)
-        else [int(size)] * 2
-    )
-
-
 def register_resolvers() -> None:
     OmegaConf.register_new_resolver("pair", pair, replace=True)
     OmegaConf.register_new_resolver(
         "grid", lambda size, patch: [s // int(patch) for s in pair(size)], replace=True
+    )
+    # BEiT's evaluation: the centre 224 of 256, and the whole picture where fine-tuning was at 384 or above.
+    OmegaConf.register_new_resolver(
+        "crop_pct", lambda size: 1.0 if min(pair(size)) >= 384 else 0.875, replace=True
     )
 
 
@@ -91,7 +85,7 @@ def complete(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         _check_groups(cfg, explicit)
         try:
             if cfg.stage is not None and "_target_" in cfg.stage:
-                _adopt_checkpoints(cfg, explicit)
+                adopt_checkpoints(cfg, explicit)
             name = default_name(cfg) if cfg.name is None else cfg.name
         except OmegaConfBaseException as error:
             raise ConfigError(_explain(error, overrides)) from error
@@ -124,70 +118,6 @@ def default_name(cfg: DictConfig) -> str | None:
 def explicit_keys(overrides: Sequence[str]) -> dict[str, str]:
     """Key to value of the plain overrides, without Hydra's prefixes."""
     return {o.split("=", 1)[0].lstrip("+~"): o.split("=", 1)[1] for o in overrides if "=" in o}
-
-
-def _adopt_checkpoints(cfg: DictConfig, explicit: dict[str, str]) -> None:
-    if cfg.stage.name == "pretrain" and cfg.tokenizer.get("checkpoint"):
-        key = "tokenizer.checkpoint"
-        saved = _config_of(cfg.tokenizer.checkpoint, key)
-        _raise_if(_adopt(cfg, "tokenizer", saved, explicit, key))
-    if cfg.stage.name == "knn" and cfg.init_from:
-        key = "init_from"
-        saved = _config_of(cfg.init_from, key)
-        faults = _adopt(cfg, "model", saved, explicit, key)
-        given = {k: OmegaConf.select(cfg, k) for k in explicit if k.startswith("data.normalize")}
-        if "image_size" in explicit:
-            given["image_size"] = pair(cfg.image_size)
-        cfg.image_size = pair(saved["image_size"])
-        cfg.data.normalize = saved["data"]["normalize"]
-        faults += _disagreement(cfg, given, explicit, key)
-        _raise_if(faults)
-
-
-def _raise_if(faults: Sequence[str]) -> None:
-    if faults:
-        raise ConfigError(faults)
-
-
-def _config_of(path: str, key: str) -> dict[str, Any]:
-    from beit_pretrain.checkpoint import (
-        record,
-    )  # brings torch, which --help and a mistyped key need not wait for
-
-    return record.read(Path(path), key=key)["beit_pretrain"]["config"]
-
-
-def _adopt(
-    cfg: DictConfig, node: str, saved: dict[str, Any], explicit: dict[str, str], key: str
-) -> list[str]:
-    """Replace a node by the checkpoint's; returns where it disagrees with what the user set by hand."""
-    if node not in saved:
-        return [f"{key}: the checkpoint's configuration has no {node}"]
-    faults = []
-    if node in explicit and explicit[node] != saved[node].get("name"):
-        faults = [
-            f"{node}={explicit[node]}, but {key} was made with {saved[node].get('name')}: leave {node}= out"
-        ]
-    own = {k: v for k, v in cfg[node].items() if k in NOT_ADOPTED}
-    given = {k: OmegaConf.select(cfg, k) for k in explicit if k.startswith(f"{node}.")}
-    # Not key by key: what only the default choice has would be left in.
-    cfg[node] = {**{k: v for k, v in saved[node].items() if k not in NOT_ADOPTED}, **own}
-    return faults + _disagreement(cfg, given, explicit, key)
-
-
-def _disagreement(cfg: DictConfig, given: dict[str, Any], explicit: dict[str, str], key: str) -> list[str]:
-    """Values that the user set by hand and the checkpoint knows better."""
-    faults = []
-    for name, value in given.items():
-        adopted = OmegaConf.select(cfg, name)
-        # [32, 32] from a checkpoint is the 32 that a user types.
-        if value != adopted and not (OmegaConf.is_list(adopted) and pair_or_none(value) == list(adopted)):
-            faults.append(f"{name}={explicit[name]}, but {key} was made with {adopted}: leave {name} out")
-    return faults
-
-
-def pair_or_none(size: Any) -> list[int] | None:
-    return pair(size) if isinstance(size, int) else None
 
 
 def flat_keys(node: Any, prefix: str = "") -> Iterator[str]:

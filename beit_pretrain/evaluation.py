@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -175,7 +175,7 @@ class UnigramCounts(nn.Module):
     def merge_ranks(self) -> None:
         """Adds what every rank has committed since the last merge to `counts`, equal on all ranks."""
         local = torch.zeros_like(self.counts) if self._local is None else self._local
-        self.counts += _sum_over_ranks(local)
+        self.counts += sum_over_ranks(local)
         self._local = None
 
     def baselines(self) -> dict[str, float]:
@@ -232,7 +232,7 @@ class MaskedScore:
             [torch.zeros(3, 0), *(sums.cpu() for sums in self._images)], dim=1
         ).double()  # (3, I)
         totals = torch.cat([torch.tensor([images.shape[1]]), images.sum(1), (images @ images.T).flatten()])
-        total, *moments = _sum_over_ranks(totals).tolist()
+        total, *moments = sum_over_ranks(totals).tolist()
         (loss, correct, tokens), products = moments[:3], moments[3:]
         loss_se = _ratio_error(total, loss, tokens, products[0], products[2], products[8])
         accuracy_se = _ratio_error(total, correct, tokens, products[4], products[5], products[8])
@@ -243,6 +243,61 @@ class MaskedScore:
             "accuracy_se": accuracy_se,
             "images": int(total),
             "tokens": int(tokens),
+        }
+
+
+class ClassScore:
+    """Loss, top-1, top-5, and what was taken for what, over all held-out images of all ranks.
+
+    `confusion` counts (true, predicted) pairs for up to `confusion_classes` classes; above that nobody could read
+    it, and only the diagonal is kept, as `correct`.
+    """
+
+    def __init__(self, classes: int, confusion_classes: int = 100) -> None:
+        self.classes = classes
+        self.full = classes <= confusion_classes
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all batches."""
+        self._sums = torch.zeros(4, dtype=torch.float64)  # loss, top-1, top-5, images
+        self._support = torch.zeros(self.classes, dtype=torch.int64)  # (C,)
+        self._correct = torch.zeros(self.classes, dtype=torch.int64)  # (C,)
+        self._pairs = torch.zeros(self.classes**2 if self.full else 0, dtype=torch.int64)  # (C * C,)
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Adds a batch: logits (B, C), labels (B,)."""
+        logits, labels = logits.float(), labels.long()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        best = logits.topk(min(5, self.classes), dim=1).indices  # (B, 5)
+        hits = best == labels[:, None]
+        # One transfer for all of them; float64 only on the CPU, not every accelerator has it.
+        loss, top1, top5 = torch.stack([loss, hits[:, 0].sum().float(), hits.sum().float()]).tolist()
+        self._sums += torch.tensor([loss, top1, top5, len(labels)], dtype=torch.float64)
+        labels, predicted = labels.cpu(), best[:, 0].cpu()
+        self._support += labels.bincount(minlength=self.classes)
+        self._correct += labels[labels == predicted].bincount(minlength=self.classes)
+        if self.full:
+            self._pairs += (labels * self.classes + predicted).bincount(minlength=self.classes**2)
+
+    def result(self) -> dict[str, Any]:
+        """`loss` (nats), `top1`, `top5`, `images`, and the tables `support`, `correct` and `confusion`.
+
+        Over all ranks, which must all ask. Tables are lists, rows of `confusion` are true classes; it is None for
+        too many of them. NaN without an image; top-5 of fewer classes is over all of them.
+        """
+        loss, top1, top5, images = sum_over_ranks(self._sums).tolist()
+        per = images or math.nan
+        pairs = sum_over_ranks(self._pairs).view(self.classes, -1).tolist() if self.full else None
+        return {
+            "loss": loss / per,
+            "top1": top1 / per,
+            "top5": top5 / per,
+            "images": int(images),
+            "support": sum_over_ranks(self._support).tolist(),
+            "correct": sum_over_ranks(self._correct).tolist(),
+            "confusion": pairs,
         }
 
 
@@ -260,7 +315,7 @@ def _top_share(counts: Tensor) -> Tensor:
     return counts.amax(-1).double() / counts.sum(-1)
 
 
-def _sum_over_ranks(value: Tensor) -> Tensor:
+def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of `value` over all ranks, or `value` itself in a single process."""
     if not (dist.is_available() and dist.is_initialized()):
         return value

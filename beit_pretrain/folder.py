@@ -37,6 +37,8 @@ HARMLESS = (
     "checkpoint",
     "stage.log_every",
     "stage.max_bad_steps",
+    "stage.cache",
+    "stage.cache_gb",
     "model.checkpointing",
     "tokenizer.cache",
     "tokenizer.offline",

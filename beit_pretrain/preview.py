@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from beit_pretrain import optim
-from beit_pretrain.build import build_data, build_stage, build_tokenizer
+from beit_pretrain.build import SUPERVISED, build_data, build_stage, build_tokenizer
 from beit_pretrain.devices import accelerator, devices
 from beit_pretrain.errors import DataError
 from beit_pretrain.stages.base import Stage
@@ -69,10 +69,15 @@ def preview(cfg: DictConfig) -> dict[str, Any]:
             parts: dict[str, nn.Module] = {"encoder": instantiate(encoder)}
         console.print(_facts(cfg, _parameter_rows(parts)))
         return {}
-    stage = _stage(cfg)
     data = _data(cfg)
+    stage = _stage(cfg, data)
     rows = _parameter_rows(dict(stage.named_children()))
-    rows += [*_image_rows(cfg, data), *_batch_rows(cfg), *_grid_rows(cfg, stage), *_memory_rows(cfg, stage)]
+    rows += [
+        *_image_rows(cfg, data),
+        *_batch_rows(cfg),
+        *_grid_rows(cfg, stage, data),
+        *_memory_rows(cfg, stage),
+    ]
     console.print(_facts(cfg, rows))
     if not isinstance(data, str):
         console.print(_schedule(stage.recipe, data.steps_per_epoch, _epochs(cfg)))
@@ -83,10 +88,13 @@ def preview(cfg: DictConfig) -> dict[str, Any]:
 # --- what it is made of ------------------------------------------------------------------------------------
 
 
-def _stage(cfg: DictConfig) -> Stage:
+def _stage(cfg: DictConfig, data: Any) -> Stage:
     """The stage as it would be trained, without memory for its weights."""
-
     cfg = deepcopy(cfg)
+    classes = None
+    if cfg.stage.name in SUPERVISED:
+        # A head for data that are not here yet has no size; one class stands for them.
+        classes = ["unknown"] if isinstance(data, str) else data.class_names
     kind = get_class(cfg.tokenizer._target_)
     with open_dict(cfg):
         if "checkpoint" in cfg.tokenizer:
@@ -99,7 +107,7 @@ def _stage(cfg: DictConfig) -> Stage:
                 "stride": vars(kind)["stride"],
             }
     with torch.device("meta"):
-        return build_stage(cfg)
+        return build_stage(cfg, classes)
 
 
 def _data(cfg: DictConfig) -> Any:
@@ -112,7 +120,7 @@ def _data(cfg: DictConfig) -> Any:
         elif "dataset" in cfg.data:
             return f"known when {cfg.data.dataset} has been fetched"
     try:
-        return build_data(cfg, views=None, eval_views=None)
+        return build_data(cfg)
     except (DataError, InstantiationException) as error:
         cause = error if isinstance(error, DataError) else error.__cause__
         if "download" in cfg.data.source and isinstance(cause, DataError):
@@ -183,7 +191,16 @@ def _counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else plural}"
 
 
-def _grid_rows(cfg: DictConfig, stage: Any) -> Rows:
+def _grid_rows(cfg: DictConfig, stage: Any, data: Any) -> Rows:
+    if cfg.stage.name in SUPERVISED:
+        grid = stage.encoder.grid
+        return [
+            (
+                "patches",
+                f"{times(grid)} = {grid[0] * grid[1]}, from {times(sides_of(cfg.image_size) or [])} pixels",
+            ),
+            ("classes", data if isinstance(data, str) else f"{len(stage.classes):,}"),
+        ]
     tokenizer = stage.tokenizer
     tokens = f"{times(tokenizer.grid)} of {tokenizer.vocab_size:,} kinds, from {times(tokenizer.image_size)} pixels"
     if cfg.stage.name == "tokenizer":
@@ -201,7 +218,7 @@ def _grid_rows(cfg: DictConfig, stage: Any) -> Rows:
 # --- memory ------------------------------------------------------------------------------------------------
 
 
-def _memory_rows(cfg: DictConfig, stage: Stage) -> Rows:
+def _memory_rows(cfg: DictConfig, stage: Any) -> Rows:
     trained = sum(p.numel() for _, p in stage.trained_parameters())
     frozen = sum(p.numel() for p in stage.parameters()) - trained
     kind = accelerator(cfg.trainer.accelerator)
@@ -212,7 +229,10 @@ def _memory_rows(cfg: DictConfig, stage: Stage) -> Rows:
         passing = micro * saved_for_backward(cfg)
         how = "activations, as counted on one image"
     else:
-        passing = micro * pretrain_activations(cfg, stage, plain=kind == "cpu")
+        # Frozen blocks leave nothing for the backward pass.
+        blocks = 0 if cfg.stage.name == "probe" else encoder_activations(cfg, stage, plain=kind == "cpu")
+        head = 12 * stage.views.mask.count * stage.tokenizer.vocab_size if cfg.stage.name == "pretrain" else 0
+        passing = micro * (blocks + head)
         how = "activations after Korthikanti et al. 2022, and the head's logits"
     fixed = 4 * frozen + 16 * trained
     passing //= 2 if half else 1
@@ -223,12 +243,12 @@ def _memory_rows(cfg: DictConfig, stage: Stage) -> Rows:
     ]
 
 
-def pretrain_activations(cfg: DictConfig, stage: Any, *, plain: bool) -> int:
-    """Float32 bytes that one image leaves for the backward pass.
+def encoder_activations(cfg: DictConfig, stage: Any, *, plain: bool) -> int:
+    """Float32 bytes that one image leaves in the encoder for the backward pass.
 
     A block keeps (8 + 2r) L D numbers (Korthikanti et al. 2022, Sec. 4.1, without dropout) and 2 L D more for
     layer scale; and H L^2 attention weights, unless its kernel computes them again. With model.checkpointing only
-    its input, for all blocks but one. The head keeps 3 M V.
+    its input, for all blocks but one. (A head of masked image modelling keeps 3 M V.)
     """
     m = cfg.model
     length = 1 + stage.encoder.grid[0] * stage.encoder.grid[1]
@@ -237,7 +257,7 @@ def pretrain_activations(cfg: DictConfig, stage: Any, *, plain: bool) -> int:
     if m.attention == "plain" or (plain and m.attention == "auto"):
         block += m.heads * length**2
     blocks = m.depth * length * m.width + block if m.checkpointing else m.depth * block
-    return 4 * (blocks + 3 * stage.views.mask.count * stage.tokenizer.vocab_size)
+    return 4 * blocks
 
 
 def saved_for_backward(cfg: DictConfig) -> int:
@@ -295,7 +315,7 @@ def _groups(stage: Stage) -> Table:
     table.add_column("group")
     for name in ("tensors", "parameters", "lr scale", "peak lr", "weight decay"):
         table.add_column(name, justify="right")
-    for group in optim.parameter_groups(stage.trained_parameters(), stage.recipe, stage.depth):
+    for group in stage.parameter_groups():
         table.add_row(
             group["group"],
             str(len(group["params"])),

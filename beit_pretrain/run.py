@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, open_dict
 
 from beit_pretrain import checks
-from beit_pretrain.build import build_data, build_run, load_strictly, make
+from beit_pretrain.build import SUPERVISED, build_data, build_run, make
 from beit_pretrain.checkpoint import files, record
+from beit_pretrain.checkpoint.adapt import Report
 from beit_pretrain.checkpoint.saving import last_checkpoint
 from beit_pretrain.compose import recipe_diff
 from beit_pretrain.folder import RunFolder, plain
+from beit_pretrain.origins import load_strictly
 from beit_pretrain.preview import preview
 from beit_pretrain.report import make_report
 from beit_pretrain.report.mask_sheet import draw_sheet
@@ -34,7 +37,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Results:
 
     A run that stands unfinished in its folder goes on; a finished one is not run again.
     """
-    checks.check(cfg)
+    checks.check(cfg, overrides)
     if cfg.dry_run:
         return preview(cfg)
     config = plain(cfg)
@@ -56,7 +59,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Results:
             return done
         if rank_zero_only.rank == 0:
             folder.write_config(config)
-        results = _knn(cfg) if cfg.stage.name == "knn" else _train(cfg, config, folder)
+        results = _knn(cfg, cfg.stage) if cfg.stage.name == "knn" else _train(cfg, config, folder)
         if rank_zero_only.rank == 0:
             results |= {
                 "name": cfg.name,
@@ -90,7 +93,9 @@ def _train(cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> Result
     resume = last_checkpoint(folder.path / "checkpoints") if cfg.mode == "fit" else None
     with open_dict(cfg):
         cfg.resume_step = int(resume.stem.removeprefix("step-")) if resume else None
-    stage, data, trainer = build_run(cfg, config)
+    stage, data, trainer, report = build_run(cfg, config)
+    if report is not None and rank_zero_only.rank == 0:
+        _tell_transfer(cfg, report, folder)
     if cfg.stage.name == "pretrain" and rank_zero_only.rank == 0:
         draw_sheet(stage.views.mask, path=folder.path / "pictures" / "masks.png", seed=cfg.seed)
     if cfg.mode == "fit":
@@ -98,20 +103,37 @@ def _train(cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> Result
             trainer.fit(stage, datamodule=data, ckpt_path=resume)
         except SystemExit:  # what Lightning makes of Ctrl-C
             raise KeyboardInterrupt from None
-    else:
+    elif "val" in data.splits:
         trainer.validate(stage, datamodule=data, verbose=False)
-    return {
+    if cfg.stage.name in SUPERVISED and "test" in data.splits:
+        trainer.test(stage, datamodule=data, verbose=False)
+    results = {
         "steps": trainer.global_step,
         "epochs": cfg.stage.epochs,
         "seconds": (earlier if resume else 0.0) + time.monotonic() - began,
         "parameters": sum(p.numel() for _, p in stage.trained_parameters()),
-        "metrics": stage.held_out,
+        "metrics": {**stage.held_out, **stage.tested},
         **stage.results(),
     }
+    if cfg.stage.name in SUPERVISED:
+        results["train_images"] = len(data.splits["train"])
+        start = None if report is None else {"path": str(cfg.init_from), "report": report.lines()}
+        results["init_from"] = start
+    if cfg.stage.name == "probe":
+        beside = _knn(cfg, cfg.stage.knn)
+        results["knn"] = beside["knn"]
+        results["metrics"] = {**beside["metrics"], **results["metrics"]}
+    return results
 
 
-def _knn(cfg: DictConfig) -> Results:
-    """kNN with the encoder of `init_from`, the same encoder untrained, and raw pixels."""
+def _tell_transfer(cfg: DictConfig, report: Report, folder: RunFolder) -> None:
+    """Print what became of every weight of `init_from`, and keep it whole in the run's folder."""
+    print("\n".join([f"from {cfg.init_from}:", *(f"  {line}" for line in report.lines())]), flush=True)
+    files.write_text(folder.path / "init_from.json", json.dumps(asdict(report), indent=2) + "\n")
+
+
+def _knn(cfg: DictConfig, node: DictConfig) -> Results:
+    """kNN (`node` describes it) with the encoder of `init_from`, the same encoder untrained, and raw pixels."""
     began = time.monotonic()
     device = torch.device("cuda" if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     seed_everything(cfg.seed, verbose=False)
@@ -121,8 +143,8 @@ def _knn(cfg: DictConfig) -> Results:
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in cfg.data.normalize.values())
     with open_dict(cfg):
         cfg.batch_size, cfg.micro_batch_size = min(cfg.batch_size, 128), None  # a pass forward, no update
-    data = build_data(cfg, views=None, eval_views=None)
-    scores = make(cfg.stage).score(encoders, lambda image: (image / 255 - mean) / std, data, device)
+    data = build_data(cfg)
+    scores = make(node).score(encoders, lambda image: (image / 255 - mean) / std, data, device)
     knn = {
         **scores["trained"],
         "untrained": scores["untrained"]["accuracy"],

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+SHARES = ("accuracy", "top1", "top5", "codebook_use")  # metrics that are shares of one, shown in percent
+NAMES = {"top1": "top-1", "top5": "top-5", "codebook_use": "codebook use"}
+HIDDEN = ("_se", "/images", "/tokens", "/temperature")
+
+Row = tuple[str, str]
 
 
 def show(results: Mapping[str, Any], cfg: DictConfig) -> None:
@@ -17,10 +24,8 @@ def show(results: Mapping[str, Any], cfg: DictConfig) -> None:
         return
     table = _table(str(results["name"]))
     for name, value in _rows(results):
-        table.add_row(name, value)
-    console = Console()
-    console.print(table)
-    console.print(f"report: {Path(cfg.run_dir) / 'report.html'}", soft_wrap=True, highlight=False)
+        table.add_row(Text(name), Text(value))
+    _print(table, Path(cfg.run_dir) / "report.html")
 
 
 def show_chain(results: Mapping[str, Mapping[str, Any]], report: Path) -> None:
@@ -28,42 +33,93 @@ def show_chain(results: Mapping[str, Mapping[str, Any]], report: Path) -> None:
     table = _table("results")
     for link, link_results in results.items():
         for i, (name, value) in enumerate(_rows(link_results)):
-            table.add_row(link if i == 0 else "", name, value)
+            table.add_row(Text(link if i == 0 else ""), Text(name), Text(value))
         table.add_section()
-    console = Console()
-    console.print(table)
-    console.print(f"report: {report}", soft_wrap=True, highlight=False)
+    _print(table, report)
 
 
 def _table(title: str) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left")
-    return table
+    return Table(title=Text(title), show_header=False, title_justify="left")
 
 
-def _rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    time = ("time", _minutes(results.get("seconds", 0.0)))
-    if knn := results.get("knn"):
-        return [
-            (f"kNN accuracy, pre-trained (block {knn['best_block']})", _number(knn["accuracy"])),
-            ("kNN accuracy, untrained", _number(knn["untrained"])),
-            ("kNN accuracy, raw pixels", _number(knn["pixels"])),
-            time,
-        ]
-    metrics, base, rows = results.get("metrics", {}), results.get("baseline", {}), []
+def _print(table: Table, report: Path) -> None:
+    console = Console()
+    console.print(table)
+    console.print(f"report: {report}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _rows(results: Mapping[str, Any]) -> list[Row]:
+    if "classification" in results:
+        rows: Iterable[Row] = _classify(results)
+    elif "probe" in results or "knn" in results:
+        rows = [*_probe(results.get("probe") or {}), *_knn(results.get("knn") or {})]
+    else:
+        rows = _held_out(results)
+    return [*rows, ("time", _minutes(results.get("seconds", 0.0)))]
+
+
+def _classify(results: Mapping[str, Any]) -> Iterator[Row]:
+    """Scores of each part and set of weights, then what they were learnt from."""
+    metrics, section = results.get("metrics") or {}, results["classification"] or {}
+    for part, name in (("test", "test"), ("val", "held-out")):
+        images = metrics.get(f"{part}/images")
+        for weights, label in (("", ""), ("_ema", ", EMA")):
+            for key in ("top1", "top5", "loss"):
+                if (value := metrics.get(f"{part}{weights}/{key}")) is not None:
+                    of = f" of {images:,.0f} images" if key == "top1" and images else ""
+                    yield f"{name} {NAMES.get(key, key)}{label}", _number(key, value) + of
+    if classes := section.get("classes"):
+        yield "classes", f"{len(classes):,}, chance {_percent(section.get('chance'))}"
+    if (images := results.get("train_images")) is not None:
+        yield "training images", f"{images:,}"
+    if "init_from" in results:
+        start = results["init_from"]
+        yield "started", f"from {start.get('path')}" if start else "from scratch"
+
+
+def _probe(probe: Mapping[str, Any]) -> Iterator[Row]:
+    """The best linear classifier and where it sits, beside one on raw pixels."""
+    best, pixels = probe.get("best") or {}, probe.get("pixels") or {}
+    if probe.get("accuracy") is not None:
+        where = f"block {best.get('block')}, {best.get('pooling')}, lr {best.get('lr')}"
+        yield f"linear probe, pre-trained ({where})" if best else "linear probe", _percent(probe["accuracy"])
+    if pixels:
+        test = pixels.get("test")
+        yield "linear probe, raw pixels", _percent(pixels.get("val") if test is None else test)
+
+
+def _knn(knn: Mapping[str, Any]) -> Iterator[Row]:
+    if knn:
+        yield f"kNN accuracy, pre-trained (block {knn.get('best_block')})", _percent(knn.get("accuracy"))
+        yield "kNN accuracy, untrained", _percent(knn.get("untrained"))
+        yield "kNN accuracy, raw pixels", _percent(knn.get("pixels"))
+
+
+def _held_out(results: Mapping[str, Any]) -> Iterator[Row]:
+    """Held-out metrics with their standard errors, beside what a model without pictures would reach."""
+    metrics, base = results.get("metrics") or {}, results.get("baseline") or {}
     for name, value in metrics.items():
-        if name.endswith(("_se", "/images", "/tokens", "/temperature")):
+        if name.endswith(HIDDEN):
             continue
         short = name.removeprefix("val/")
-        error = metrics.get(f"{name}_se")
-        rows.append((f"held-out {short}", _number(value) + (f" ± {_number(error)}" if error else "")))
+        yield f"held-out {NAMES.get(short, short)}", _number(short, value, metrics.get(f"{name}_se"))
         if f"{short}_position" in base:
-            gain = f" ({base[f'{short}_z']:.1f} standard errors)" if f"{short}_z" in base else ""
-            rows.append(("   without pictures", _number(base[f"{short}_position"]) + gain))
-    return [*rows, time]
+            z = base.get(f"{short}_z")
+            gain = "" if z is None else f" ({z:.1f} standard errors)"
+            yield "   without pictures", _number(short, base[f"{short}_position"]) + gain
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _number(key: str, value: float | None, error: float | None = None) -> str:
+    """A metric as its kind is written: shares in percent, the rest with four decimals."""
+    if value is None:
+        return "-"
+    if key in SHARES:
+        return f"{100 * value:.1f} ± {100 * error:.1f}%" if error else _percent(value)
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error else "")
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
 
 
 def _minutes(seconds: float) -> str:

@@ -58,3 +58,8 @@ def show(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
+
+
+def pair(size: Any) -> list[int]:
+    """`224` or `[192, 160]` as [height, width]."""
+    return [int(size)] * 2 if isinstance(size, int | float | str) else [int(side) for side in size]

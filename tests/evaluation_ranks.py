@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from beit_pretrain.evaluation import MaskedScore, UnigramCounts
+from beit_pretrain.evaluation import ClassScore, MaskedScore, UnigramCounts
 
 PATCHES, VOCABULARY = 6, 5
+CLASSES = 7
 
 
 def noted_ids(rank: int, step: int) -> Tensor:
@@ -29,6 +30,17 @@ def scored_batches(rank: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         tokens = int(mask.sum())
         logits = torch.randn(tokens, VOCABULARY, generator=generator)
         batches.append((logits, torch.randint(VOCABULARY, (tokens,), generator=generator), mask))
+    return batches
+
+
+def classified_batches(rank: int) -> list[tuple[Tensor, Tensor]]:
+    """Logits (B, C) and labels (B,) of a rank, better than chance; rank 1 has a single image."""
+    generator = torch.Generator().manual_seed(rank)
+    batches: list[tuple[Tensor, Tensor]] = []
+    for size in ([40, 23], [1])[rank]:
+        labels = torch.randint(CLASSES - 1, (size,), generator=generator)  # the last class never occurs
+        logits = torch.randn(size, CLASSES, generator=generator) + nn.functional.one_hot(labels, CLASSES)
+        batches.append((logits, labels))
     return batches
 
 
@@ -64,6 +76,10 @@ def work(rank: int, folder: Path) -> None:
         score.update(*batch)
         if rank == 0:
             only_rank_0.update(*batch)
+    classes = ClassScore(CLASSES)
+    for batch in classified_batches(rank):
+        classes.update(*batch)
     found = {"counts": unigram.counts, "both": score.result(), "only 0": only_rank_0.result()}
+    found |= {"classes": classes.result(), "classes again": classes.result()}
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from timm.models.beit import Beit as TimmBeit
 from torch import Tensor, nn
-from transformers import BeitConfig, BeitForMaskedImageModeling
+from transformers import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
 from beit_pretrain.models.beit import Beit
-from beit_pretrain.models.heads import MIMHead
+from beit_pretrain.models.heads import ClassHead, MIMHead
 
 
 @torch.no_grad()
@@ -49,8 +49,8 @@ def difference(ours: Tensor, reference: Tensor) -> float:
     return ((ours - reference).abs().max() / reference.abs().max().clamp(min=1)).item()
 
 
-def timm_twin(encoder: Beit, image_size: tuple[int, int]) -> TimmBeit:
-    """timm's BEiT with a table in each block and no final norm, with `encoder`'s weights."""
+def timm_twin(encoder: Beit, image_size: tuple[int, int], head: ClassHead | None = None) -> TimmBeit:
+    """timm's BEiT with a table in each block and no final norm, with `encoder`'s weights and a head's."""
     block: Any = encoder.blocks[0]
     twin = TimmBeit(
         img_size=image_size,
@@ -61,10 +61,11 @@ def timm_twin(encoder: Beit, image_size: tuple[int, int]) -> TimmBeit:
         init_values=0.1,
         use_abs_pos_emb=encoder.pos_embed is not None,
         use_rel_pos_bias=True,
-        num_classes=0,
+        num_classes=0 if head is None else head.head.out_features,
         global_pool="avg",
     )
-    twin.load_state_dict({**encoder.state_dict(), **_only(twin, "fc_norm.")})
+    top = _only(twin, "fc_norm.") if head is None else head.state_dict()
+    twin.load_state_dict({**encoder.state_dict(), **top})
     return twin.eval()
 
 
@@ -78,6 +79,9 @@ HUGGING_FACE_NAMES = {
     "patch_embed.proj.weight": "beit.embeddings.patch_embeddings.projection.weight",
     "patch_embed.proj.bias": "beit.embeddings.patch_embeddings.projection.bias",
     "rel_pos_bias.relative_position_bias_table": "beit.shared_position_bias.relative_position_bias_table",
+    "blocks.{}.attn.relative_position_bias_table": (
+        "beit.layers.{}.relative_position_bias.relative_position_bias_table"
+    ),
     "blocks.{}.gamma_1": "beit.layers.{}.lambda_1",
     "blocks.{}.gamma_2": "beit.layers.{}.lambda_2",
     "blocks.{}.norm1.weight": "beit.layers.{}.layernorm_before.weight",
@@ -99,9 +103,38 @@ def hugging_face_twin(
     encoder: Beit, head: MIMHead, image_size: tuple[int, int]
 ) -> BeitForMaskedImageModeling:
     """Transformers' model of masked image modelling with a shared table, with our weights."""
+    config = _config(encoder, image_size, use_mask_token=True, use_shared_relative_position_bias=True)
+    config.vocab_size = head.lm_head.out_features
+    twin = BeitForMaskedImageModeling(config)
+    bias: Any = twin.beit.shared_position_bias
+    if image_size[0] != image_size[1]:
+        bias.forward = _plain_lookup(bias, encoder.grid)
+    state = {"layernorm." + name: value for name, value in head.norm.state_dict().items()}
+    state |= {"lm_head." + name: value for name, value in head.lm_head.state_dict().items()}
+    twin.load_state_dict(state | _encoder_state(encoder))
+    return twin.eval()
+
+
+def hugging_face_classifier(
+    encoder: Beit, head: ClassHead, image_size: tuple[int, int]
+) -> BeitForImageClassification:
+    """Transformers' classifier over the mean of the patches with a table in each block, with our weights."""
+    config = _config(encoder, image_size, use_mask_token=False, use_relative_position_bias=True)
+    config.num_labels = head.head.out_features
+    twin = BeitForImageClassification(config)
+    layers: Any = twin.beit.layers
+    for layer in layers if image_size[0] != image_size[1] else ():
+        layer.relative_position_bias.forward = _plain_lookup(layer.relative_position_bias, encoder.grid)
+    assert head.fc_norm is not None
+    state = {"beit.pooler.layernorm." + name: value for name, value in head.fc_norm.state_dict().items()}
+    state |= {"classifier." + name: value for name, value in head.head.state_dict().items()}
+    twin.load_state_dict(state | _encoder_state(encoder))
+    return twin.eval()
+
+
+def _config(encoder: Beit, image_size: tuple[int, int], **options: Any) -> BeitConfig:
     block: Any = encoder.blocks[0]
     config = BeitConfig(
-        vocab_size=head.lm_head.out_features,
         hidden_size=encoder.width,
         num_hidden_layers=encoder.depth,
         num_attention_heads=block.attn.heads,
@@ -109,30 +142,28 @@ def hugging_face_twin(
         image_size=list(image_size),
         patch_size=encoder.patch_size,
         layer_norm_eps=1e-6,
-        use_mask_token=True,
         use_mean_pooling=True,  # otherwise Transformers puts a second norm before the head's
-        use_shared_relative_position_bias=True,
         layer_scale_init_value=0.1,
         drop_path_rate=0.0,
+        **options,
     )
     config._attn_implementation = "eager"
-    twin = BeitForMaskedImageModeling(config)
-    bias: Any = twin.beit.shared_position_bias
-    if image_size[0] != image_size[1]:
-        bias.forward = _plain_lookup(bias, encoder.grid)
-    ours = encoder.state_dict()
-    state = {"layernorm." + name: value for name, value in head.norm.state_dict().items()}
-    state |= {"lm_head." + name: value for name, value in head.lm_head.state_dict().items()}
+    return config
+
+
+def _encoder_state(encoder: Beit) -> dict[str, Tensor]:
+    """The encoder's weights under Transformers' names."""
+    ours, state = encoder.state_dict(), {}
     for name, theirs in HUGGING_FACE_NAMES.items():
         for i in range(encoder.depth if "{}" in name else 1):
-            state[theirs.format(i)] = ours.pop(name.format(i))
+            if name.format(i) in ours:
+                state[theirs.format(i)] = ours.pop(name.format(i))
     for i in range(encoder.depth):
         weights = ours.pop(f"blocks.{i}.attn.qkv.weight").chunk(3)
         for letter, weight in zip("qkv", weights, strict=True):
             state[f"beit.layers.{i}.attention.{letter}_proj.weight"] = weight
     assert not ours, f"left over: {list(ours)}"
-    twin.load_state_dict(state)
-    return twin.eval()
+    return state
 
 
 def _plain_lookup(bias: BeitRelativePositionBias, grid: tuple[int, int]) -> Any:
@@ -140,7 +171,7 @@ def _plain_lookup(bias: BeitRelativePositionBias, grid: tuple[int, int]) -> Any:
     # happens on square grids, others are scrambled. Compared here is the layout: its index reads the table.
     index = bias.generate_relative_position_index(grid)
 
-    def forward(window_size: tuple[int, int], **_: Any) -> Tensor:
+    def forward(window_size: tuple[int, int], *_: Any, **__: Any) -> Tensor:
         assert window_size == grid
         return bias.relative_position_bias_table[index].permute(2, 0, 1)[None]
 

@@ -280,7 +280,7 @@ def test_normalisation_must_be_that_of_the_weights(tokenizer: Path, tmp_path: Pa
 
 def test_an_encoder_of_another_shape_is_named(tokenizer: Path, pretrained: Path) -> None:
     fault = the_fault(*pretrain(tokenizer), CPU, f"init_from={pretrained}")
-    assert re.search(r"model.width=96 \(24\), model.depth=4 \(1\): set model=micro and image_size=32", fault)
+    assert re.search(r"model.width=96 \(24\), model.depth=4 \(1\): set model=micro and what else", fault)
 
 
 # --- images -----------------------------------------------------------------------------------------------
@@ -317,5 +317,7 @@ def test_folders_without_images_are_named(tmp_path: Path) -> None:
 
 
 def test_a_stage_must_be_chosen() -> None:
-    assert the_fault() == "no stage is given: set stage=tokenizer, stage=pretrain or stage=knn"
+    assert the_fault() == (
+        "no stage is given: set stage=tokenizer, stage=pretrain, stage=classify, stage=probe or stage=knn"
+    )
     assert the_fault("chain=quickstart").startswith("chain=quickstart cannot be one job of a sweep")

@@ -40,11 +40,11 @@ def refused(says: str) -> Iterator[None]:
     [
         (
             "stage=pretrian",
-            "stage=pretrian: there is no such choice; did you mean pretrain? (known: knn, pretrain",
+            "stage=pretrian: there is no such choice; did you mean pretrain? (known: classify, knn, pretrain",
         ),
         (
             "data=foldr",
-            "data=foldr: there is no such choice; did you mean folder? (known: digits, folder, hugg",
+            "data=foldr: there is no such choice; did you mean folder? (known: class_folders, digits, folder, hugg",
         ),
         ("stage=3", "stage=3: there is no such choice (known: "),
         ("stage=null", "stage=null: there is no such choice (known: "),
@@ -66,10 +66,10 @@ def refused(says: str) -> Iterator[None]:
         ),
         (
             "stage.optim.lr=1",
-            "stage.optim.lr is an option of a stage: set stage=knn, stage=pretrain or stage=tok",
+            "stage.optim.lr is an option of a stage: set stage=classify, stage=knn, stage=pretrain, stage=probe or stage=tok",
         ),
         ("stage=pretrain stage.epochs", "stage.epochs: an option is written key=value"),
-        ("stage", "stage: an option is written key=value, such as stage=knn"),
+        ("stage", "stage: an option is written key=value, such as stage=classify"),
         ("=3", "=3: an option is written key=value"),
         (
             "stage=pretrain stage.epochs=[1",

@@ -20,7 +20,7 @@ from beit_pretrain.compose import choices, compose, config_dir
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-STAGES = ("tokenizer", "pretrain", "knn")
+STAGES = ("tokenizer", "pretrain", "classify", "probe", "knn")
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
 DIFFS = ("experiment", "chain")  # their options are explained where they are defined
 SPEAKS_FOR_ITSELF = ("_target_", "_convert_", "defaults", "name")
@@ -30,11 +30,11 @@ STRIPPED = {
     "data": {"name", "root", "dataset", "normalize"},
     "tokenizer": {"name", "checkpoint"},
     "model": {"name"},
-    "stage": {"name"},
+    "stage": {"name", "encoder", "knn"},
 }
 ADDED = {
     "data": {"views", "eval_views", "batch_size", "micro_batch_size", "seed", "bad_log", "limit_steps"},
-    "stage": {"tokenizer", "encoder"},
+    "stage": {"tokenizer", "encoder", "classes"},
 }
 
 
@@ -137,7 +137,7 @@ def composed(group: str, choice: str) -> DictConfig:
     """A configuration with one choice; not to be changed."""
     stage = "pretrain"
     if group == "chain":
-        return compose([f"chain={choice}"])
+        return compose(command(CONFIGS / group / f"{choice}.yaml"))
     if group == "experiment":
         stage = next(
             o.removeprefix("stage=") for o in command(CONFIGS / group / f"{choice}.yaml") if "stage" in o
@@ -215,7 +215,7 @@ def test_the_code_takes_what_the_yaml_gives(group: str, choice: str) -> None:
 
 @pytest.mark.parametrize("chain", choices("chain"))
 def test_the_links_of_a_chain_compose_and_start_from_earlier_ones(chain: str, tmp_path: Path) -> None:
-    cfg = compose([f"chain={chain}", f"runs={tmp_path}"])
+    cfg = compose([*command(CONFIGS / "chain" / f"{chain}.yaml"), f"runs={tmp_path}"])
     commands = link_overrides(cfg, [], {}, tmp_path / cfg.name)
     done: set[str] = set()
     for name, overrides in commands.items():

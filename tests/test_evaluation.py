@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from evaluation_ranks import PATCHES, VOCABULARY, noted_ids, scored_batches, work
+from evaluation_ranks import (
+    CLASSES,
+    PATCHES,
+    VOCABULARY,
+    classified_batches,
+    noted_ids,
+    scored_batches,
+    work,
+)
 from scipy.stats import entropy as scipy_entropy
+from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
+from torchmetrics.classification import MulticlassAccuracy
 
 from beit_pretrain import evaluation
 from beit_pretrain.errors import ConfigError
 from beit_pretrain.evaluation import (
+    ClassScore,
     MaskedScore,
     UnigramCounts,
     entropy,
@@ -24,8 +36,6 @@ from beit_pretrain.evaluation import (
     knn_predict,
     perplexity,
 )
-
-CLASSES = 7
 
 
 def clouds(images: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -244,6 +254,64 @@ def test_a_score_of_one_image_or_none_claims_no_error() -> None:
     assert math.isnan(single["loss_se"])
 
 
+def expected_classes(batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """What scikit-learn and torchmetrics make of all images at once."""
+    logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    classes = list(range(logits.shape[1]))
+    scores, probabilities = logits.double().numpy(), logits.double().softmax(-1).numpy()
+    confusion = confusion_matrix(labels, scores.argmax(-1), labels=classes)
+    top = {
+        k: MulticlassAccuracy(len(classes), top_k=k, average="micro")(logits, labels).item() for k in (1, 5)
+    }
+    for k in top:
+        assert top_k_accuracy_score(labels, scores, k=k, labels=classes) == pytest.approx(top[k])
+    return {
+        "loss": pytest.approx(log_loss(labels, probabilities, labels=classes), rel=1e-5),
+        "top1": pytest.approx(top[1]),
+        "top5": pytest.approx(top[5]),
+        "images": len(labels),
+        "support": confusion.sum(1).tolist(),
+        "correct": confusion.diagonal().tolist(),
+        "confusion": confusion.tolist(),
+    }
+
+
+def test_classes_are_scored_as_by_scikit_learn_and_torchmetrics() -> None:
+    score = ClassScore(CLASSES)
+    for batch in classified_batches(0):
+        score.update(*batch)
+    found = score.result()
+    assert found == expected_classes(classified_batches(0))
+    assert found["top1"] < found["top5"] < 1 and found["support"][-1] == 0
+    score.reset()
+    empty = score.result()
+    assert empty["images"] == 0 and sum(map(sum, empty["confusion"])) == 0
+    assert all(math.isnan(empty[name]) for name in ("loss", "top1", "top5"))
+
+
+def test_logits_in_half_precision_are_scored_in_single() -> None:
+    logits, labels = torch.randn(64, CLASSES).bfloat16(), torch.randint(CLASSES, (64,))
+    score = ClassScore(CLASSES)
+    score.update(logits, labels)
+    assert score.result() == expected_classes([(logits.float(), labels)])
+
+
+def test_of_fewer_than_five_classes_the_top_five_hold_every_one() -> None:
+    score = ClassScore(3)
+    score.update(torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]), torch.tensor([1, 0]))
+    found = score.result()
+    assert (found["top1"], found["top5"]) == (0.5, 1.0)
+    assert found["confusion"] == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
+
+
+def test_many_classes_are_scored_without_a_table_of_pairs() -> None:
+    score, few = ClassScore(CLASSES, confusion_classes=CLASSES - 1), ClassScore(CLASSES)
+    for batch in classified_batches(0):
+        score.update(*batch)
+        few.update(*batch)
+    assert score.result() == {**few.result(), "confusion": None}
+
+
 def test_counts_and_scores_of_two_ranks_are_those_of_one_process(tmp_path: Path) -> None:
     spawn(work, args=(tmp_path,), nprocs=2)
     ids = torch.cat([noted_ids(rank, step) for rank in range(2) for step in (0, 2, 3)])
@@ -255,3 +323,6 @@ def test_counts_and_scores_of_two_ranks_are_those_of_one_process(tmp_path: Path)
         assert torch.equal(found["counts"], expected)
         assert found["both"] == pytest.approx(both, rel=1e-5)
         assert found["only 0"] == pytest.approx(only_rank_0, rel=1e-5)
+        # 63 images here, 1 there: nothing is counted twice to even them out.
+        assert found["classes"] == expected_classes([*classified_batches(0), *classified_batches(1)])
+        assert found["classes again"] == found["classes"]

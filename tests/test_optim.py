@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from timm.models.beit import Beit as TimmBeit
+from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 
 from beit_pretrain.errors import ConfigError
 from beit_pretrain.models.beit import Beit
-from beit_pretrain.models.heads import MIMHead
+from beit_pretrain.models.heads import ClassHead, MIMHead
 from beit_pretrain.optim import (
     Recipe,
     layer_id,
@@ -77,6 +80,93 @@ def test_learning_rates_decay_downwards_by_one_factor_per_layer() -> None:
     assert scales["encoder.blocks.0.norm2.bias"] == 1 / 4096
     assert scales["encoder.patch_embed.proj.weight"] == scales["encoder.mask_token"] == 1 / 8192
     assert [group["lr"] for group in groups] == [1.5e-3 * group["lr_scale"] for group in groups]
+
+
+# Fine-tuning under the published decay of 0.65: the layer of each parameter of 12 blocks and a class head, and the
+# factor on its learning rate, 0.65^(13 - layer).
+FINE_TUNING = {
+    "encoder.cls_token": (0, 0.003697206),
+    "encoder.patch_embed.proj.*": (0, 0.003697206),
+    "encoder.blocks.0.*": (1, 0.005688009),
+    "encoder.blocks.1.*": (2, 0.008750783),
+    "encoder.blocks.2.*": (3, 0.01346274),
+    "encoder.blocks.3.*": (4, 0.02071191),
+    "encoder.blocks.4.*": (5, 0.03186448),
+    "encoder.blocks.5.*": (6, 0.04902228),
+    "encoder.blocks.6.*": (7, 0.07541889),
+    "encoder.blocks.7.*": (8, 0.1160291),
+    "encoder.blocks.8.*": (9, 0.1785063),
+    "encoder.blocks.9.*": (10, 0.274625),
+    "encoder.blocks.10.*": (11, 0.4225),
+    "encoder.blocks.11.*": (12, 0.65),
+    "encoder.rel_pos_bias.*": (13, 1.0),
+    "head.fc_norm.*": (13, 1.0),
+    "head.head.*": (13, 1.0),
+}
+
+
+def classifier(rel_pos: Any) -> nn.ModuleDict:
+    encoder = Beit(
+        image_size=(8, 8), patch_size=4, width=8, depth=12, heads=2, rel_pos=rel_pos, mask_token=False
+    )
+    return nn.ModuleDict({"encoder": encoder, "head": ClassHead(width=8, classes=5)})
+
+
+def scales(groups: list[dict[str, Any]]) -> dict[str, tuple[float, bool]]:
+    """Factor on the learning rate and whether it is decayed, of each parameter."""
+    return {name: (group["lr_scale"], group["decay"]) for group in groups for name in group["names"]}
+
+
+@pytest.mark.parametrize("rel_pos", ["per_layer", "shared"])
+def test_fine_tuning_slows_each_layer_by_the_table(rel_pos: str) -> None:
+    groups = parameter_groups(classifier(rel_pos).named_parameters(), Recipe(layer_decay=0.65), depth=12)
+    found = scales(groups)
+    assert len(found) == len(dict(classifier(rel_pos).named_parameters()))
+    unused = {"encoder.rel_pos_bias.*"} if rel_pos == "per_layer" else set()
+    for pattern, (layer, scale) in FINE_TUNING.items():
+        names = [name for name in found if fnmatch(name, pattern)]
+        assert bool(names) == (pattern not in unused), pattern
+        for name in names:
+            assert layer_id(name, depth=12) == layer, name
+            assert found.pop(name)[0] == pytest.approx(scale, rel=1e-6), name
+    assert not found
+
+
+@pytest.mark.parametrize("rel_pos", ["per_layer", "shared"])
+def test_fine_tuning_groups_are_those_of_timm_but_for_the_shared_table(rel_pos: str) -> None:
+    """timm counts the shared table with the stem, where it learns 270 times as slowly as it did for the authors."""
+    with torch.device("meta"):
+        shared = rel_pos == "shared"
+        twin = TimmBeit(
+            img_size=8,
+            patch_size=4,
+            embed_dim=8,
+            depth=12,
+            num_heads=2,
+            init_values=0.1,
+            use_abs_pos_emb=False,
+            use_rel_pos_bias=not shared,
+            use_shared_rel_pos_bias=shared,
+            num_classes=5,
+        )
+    named = {id(parameter): name for name, parameter in twin.named_parameters()}
+    theirs = {
+        named[id(parameter)]: (group["lr_scale"], group["weight_decay"] > 0)
+        for group in param_groups_layer_decay(
+            twin, no_weight_decay_list=twin.no_weight_decay(), layer_decay=0.65
+        )
+        for parameter in group["params"]
+    }
+    recipe = Recipe(layer_decay=0.65, decay_rel_pos=False)  # timm decays no table; the authors do
+    groups = parameter_groups(classifier(rel_pos).named_parameters(), recipe, depth=12)
+    ours = {name.partition(".")[2]: value for name, value in scales(groups).items()}
+    if shared:
+        table = "rel_pos_bias.relative_position_bias_table"
+        assert ours.pop(table) == (1.0, False)
+        assert theirs.pop(table) == (pytest.approx(0.65**13), False)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name] == pytest.approx(value), name
 
 
 def test_groups_run_from_the_bottom_up_and_hold_each_parameter_once() -> None:

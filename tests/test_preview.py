@@ -19,7 +19,7 @@ from beit_pretrain.cli import main
 from beit_pretrain.compose import compose
 from beit_pretrain.folder import plain
 from beit_pretrain.models.beit import Beit
-from beit_pretrain.preview import pretrain_activations, preview, saved_for_backward
+from beit_pretrain.preview import encoder_activations, preview, saved_for_backward
 from beit_pretrain.run import run
 
 CPU = "trainer.accelerator=cpu"
@@ -223,22 +223,21 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(more: list[str]
     cfg.tokenizer = {"_target_": "beit_pretrain.preview.Described", **stand_in}
     with torch.device("meta"):
         stage = build_stage(cfg)
-    head = 4 * 3 * 20 * 9
     images = 4  # what is there once, such as the bias, counts for little
     options = {k: v for k, v in plain(cfg)["model"].items() if k not in ("_target_", "name")}
     measured = kept_by_autograd(Beit(**options), torch.randn(images, 3, *cfg.model.image_size))
-    estimate = images * (pretrain_activations(cfg, stage, plain=True) - head)
+    estimate = images * encoder_activations(cfg, stage, plain=True)
     assert estimate == pytest.approx(measured, rel=0.03)
 
 
 def test_checkpointing_shows_in_the_estimate(tokenizer: Path) -> None:
     cfg = compose([*fixed(tokenizer), "model.depth=8"])
     stage = build_stage(cfg)
-    usual = pretrain_activations(cfg, stage, plain=True)
+    usual = encoder_activations(cfg, stage, plain=True)
     cfg.model.checkpointing = True
-    assert pretrain_activations(cfg, stage, plain=True) < usual / 4
+    assert encoder_activations(cfg, stage, plain=True) < usual / 4
     cfg.model.checkpointing = False
-    assert pretrain_activations(cfg, stage, plain=False) == usual - 4 * 8 * 3 * 65**2
+    assert encoder_activations(cfg, stage, plain=False) == usual - 4 * 8 * 3 * 65**2
 
 
 def test_half_precision_halves_what_a_pass_takes(capsys: pytest.CaptureFixture[str], tokenizer: Path) -> None:

@@ -18,6 +18,7 @@ from beit_pretrain.evaluation import Encoder, Labelled, block_features, knn_accu
 
 
 class _Stage(Protocol):
+    self_supervised: bool
     steps_per_epoch: int
 
     @property
@@ -33,7 +34,8 @@ class OnlineKnn(Callback):
 
     Every `every_epochs` epochs and after the last, on at most `limit` images of each side (None: all), logs
     the accuracy as `knn/block_{i}`, the highest as `knn/best` and its block as `knn/best_block`. The best
-    block is chosen on the very images it is reported for: a guide while training, not a result.
+    block is chosen on the very images it is reported for: a guide while training, not a result. Stages that learn
+    from labels measure themselves and are left alone.
     """
 
     def __init__(
@@ -58,6 +60,9 @@ class OnlineKnn(Callback):
         if self._off or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         stage = cast(_Stage, pl_module)
+        if not stage.self_supervised:
+            self._off = True
+            return
         if not due(
             step=trainer.global_step,
             steps_per_epoch=stage.steps_per_epoch,

@@ -130,7 +130,7 @@ class Progress(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not self._enabled:
             return
-        scores = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        scores = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
         if self._live is None:
             text = " ".join(f"{name} {value:.4g}" for name, value in scores.items())
             self._line(f"{self.title} step {trainer.global_step} held-out: {text}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
@@ -28,19 +29,24 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
+class _Stage(Protocol):
+    monitor: tuple[str, str]
+
+
 class SaveCheckpoints(Checkpoint):
     """Writes `step-*.ckpt` at epoch ends and in between, and keeps the last ones and the best.
 
-    `last.ckpt` points to the newest file, `best.ckpt` to the one with the lowest `monitor`. In the middle of an
-    epoch a file is written every `every_steps` updates or `every_minutes`, whichever comes first; always right
-    after an update, so that nothing is half-done.
+    `last.ckpt` points to the newest file, `best.ckpt` to the one with the best held-out score: the stage's own
+    `monitor`, or the lowest value of the one given here. In the middle of an epoch a file is written every
+    `every_steps` updates or `every_minutes`, whichever comes first; always right after an update, so that nothing
+    is half-done.
     """
 
     def __init__(
         self,
         *,
         folder: str | Path,
-        monitor: str = "val/loss",
+        monitor: str | None = None,
         every_steps: int | None = None,
         every_minutes: float | None = 30.0,
         keep: int = 2,
@@ -81,8 +87,11 @@ class SaveCheckpoints(Checkpoint):
             self._save(trainer, best=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        value = trainer.callback_metrics.get(self.monitor)
-        best = value is not None and (self.best_value is None or value.item() < self.best_value)
+        name, wanted = self.monitor, "min"
+        if name is None:
+            name, wanted = cast(_Stage, pl_module).monitor
+        value = trainer.callback_metrics.get(name)
+        best = value is not None and _better(value.item(), self.best_value, wanted)
         if value is not None and best:
             self.best_value, self.best_step = value.item(), trainer.global_step
         self._save(trainer, best)
@@ -104,6 +113,12 @@ class SaveCheckpoints(Checkpoint):
             for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
                 old.unlink()
         self._written = time.monotonic()
+
+
+def _better(value: float, best: float | None, wanted: str) -> bool:
+    if best is None:
+        return math.isfinite(value)
+    return value > best if wanted == "max" else value < best
 
 
 def _point(link: Path, target: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -15,7 +16,41 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 _SUFFIXES = tuple(suffix.encode() for suffix in SUFFIXES)
 
 
-class Folder(Source):
+class FileSource(Source):
+    """Image files in groups, each group below a folder of its own: what sources of files have in common."""
+
+    def __init__(self, groups: Iterable[tuple[bytes, list[bytes]]]) -> None:
+        """`groups`: a folder, and the paths below it, as often as there are groups."""
+        self.folders: list[bytes] = []
+        blobs: list[bytes] = []
+        lengths: list[np.ndarray] = []
+        for folder, paths in groups:
+            self.folders.append(folder)
+            blobs.append(b"".join(paths))
+            lengths.append(np.fromiter(map(len, paths), np.int64, len(paths)))
+        # One blob and its cuts: a million separate strings would be copied into every worker, page by page,
+        # as their reference counts change.
+        self.blob = b"".join(blobs)
+        self.cuts = np.concatenate([np.zeros(1, np.int64), *lengths]).cumsum()
+        self.sizes = np.array([len(part) for part in lengths])  # images of each group
+        self.ends = self.sizes.cumsum()
+
+    def __len__(self) -> int:
+        return len(self.cuts) - 1
+
+    def read(self, index: int) -> bytes:
+        with open(self._path(index), "rb") as file:
+            return file.read()
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self._path(index))
+
+    def _path(self, index: int) -> bytes:
+        group = int(np.searchsorted(self.ends, index, side="right"))
+        return os.path.join(self.folders[group], self.blob[self.cuts[index] : self.cuts[index + 1]])
+
+
+class Folder(FileSource):
     """Every image file below `root`: a folder, a glob pattern, or a list of them; flat or nested as it comes.
 
     The order is that of the roots as given, then of the path below the root (by its bytes). Names that
@@ -30,29 +65,20 @@ class Folder(Source):
         given = [root] if isinstance(root, str) else list(root)
         if not given:
             raise DataError("data.root is an empty list: name at least one folder of images")
-        roots: list[bytes] = []
-        numbers: list[int] = []
-        paths: list[bytes] = []
+        groups: list[tuple[bytes, list[bytes]]] = []
         seen: set[tuple[int, int]] = set()
         taken: set[bytes] = set()
         for entry in given:
             base, starts = _expand(entry)
-            found = sorted(path for start in starts for path in _walk(start, base, seen, taken))
+            found = sorted(path for start in starts for path in walk(start, base, seen, taken))
             if not found:
                 raise DataError(
                     f"data.root={entry} holds no images ({' '.join(SUFFIXES)}, sub-folders included); "
                     "set data.root to a folder that does, or leave this one out if another root covers it"
                 )
-            numbers += [len(roots)] * len(found)
-            roots.append(base)
-            paths += found
-        self.roots = roots
-        self.root_number = np.array(numbers, dtype=np.int32)
-        # One blob and its cuts: a million separate strings would be copied into every worker, page by page,
-        # as their reference counts change.
-        self.blob = b"".join(paths)
-        self.cuts = np.cumsum([0, *(len(path) for path in paths)], dtype=np.int64)
-        self._label(paths)
+            groups.append((base, found))
+        super().__init__(groups)
+        self._label([path for _, paths in groups for path in paths])
 
     def _label(self, paths: list[bytes]) -> None:
         classes = [path.partition(b"/")[0] if b"/" in path else None for path in paths]
@@ -63,23 +89,10 @@ class Folder(Source):
         self.labels = np.array([number[name] for name in classes if name is not None], dtype=np.int64)
         self.class_names = [os.fsdecode(name) for name in names]
 
-    def __len__(self) -> int:
-        return len(self.root_number)
-
-    def read(self, index: int) -> bytes:
-        with open(self._path(index), "rb") as file:
-            return file.read()
-
-    def name(self, index: int) -> str:
-        return os.fsdecode(self._path(index))
-
     def fingerprint(self) -> str:
         """Over the paths below the roots, not over the files' contents: moved folders stay the same data."""
-        return digest("folder", self.blob, self.cuts.tobytes(), self.root_number.tobytes())
-
-    def _path(self, index: int) -> bytes:
-        below = self.blob[self.cuts[index] : self.cuts[index + 1]]
-        return os.path.join(self.roots[self.root_number[index]], below)
+        numbers = np.repeat(np.arange(len(self.folders), dtype=np.int32), self.sizes)
+        return digest("folder", self.blob, self.cuts.tobytes(), numbers.tobytes())
 
 
 def _expand(entry: str) -> tuple[bytes, list[bytes]]:
@@ -99,45 +112,54 @@ def _expand(entry: str) -> tuple[bytes, list[bytes]]:
     return os.fsencode(fixed), [os.fsencode(match) for match in matches]
 
 
-def _walk(start: bytes, base: bytes, seen: set[tuple[int, int]], taken: set[bytes]) -> Iterator[bytes]:
+def walk(start: bytes, base: bytes, seen: set[tuple[int, int]], taken: set[bytes]) -> Iterator[bytes]:
     """Paths, relative to `base`, of the images at or below `start`.
 
     Passes over the folders in `seen` (device, inode) and the files in `taken`, and adds to both.
     """
     cut = len(os.path.join(base, b""))
     stack = [start]
-    try:
+    with listing(start):
         if not os.path.isdir(start):
             # A file that a pattern matched itself.
-            known = start in taken or _identity(os.path.dirname(start)) in seen
-            if _is_image(os.path.basename(start)) and not known:
+            known = start in taken or inode(os.path.dirname(start)) in seen
+            if is_image(os.path.basename(start)) and not known:
                 taken.add(start)
                 yield start[cut:]
             return
         while stack:
             path = stack.pop()
-            identity = _identity(path)
-            if identity in seen:  # a circle of links, or a folder below two roots
+            place = inode(path)
+            if place in seen:  # a circle of links, or a folder below two roots
                 continue
-            seen.add(identity)
+            seen.add(place)
             with os.scandir(path) as entries:
                 for entry in entries:
                     if entry.name.startswith(b"."):
                         continue
                     if entry.is_dir():
                         stack.append(entry.path)
-                    elif _is_image(entry.name) and entry.is_file() and entry.path not in taken:
+                    elif is_image(entry.name) and entry.is_file() and entry.path not in taken:
                         yield entry.path[cut:]
+
+
+@contextmanager
+def listing(folder: bytes) -> Iterator[None]:
+    """Turns a folder's OSError into a DataError."""
+    try:
+        yield
     except OSError as error:
         raise DataError(
-            f"data.root: {os.fsdecode(error.filename or start)} cannot be listed: {error}"
+            f"data.root: {os.fsdecode(error.filename or folder)} cannot be listed: {error}"
         ) from error
 
 
-def _identity(folder: bytes) -> tuple[int, int]:
+def inode(folder: bytes) -> tuple[int, int]:
+    """(device, inode): the same folder has one, by whichever path it is reached."""
     status = os.stat(folder)
     return status.st_dev, status.st_ino
 
 
-def _is_image(name: bytes) -> bool:
+def is_image(name: bytes) -> bool:
+    """Whether a file of this name counts as an image."""
     return not name.startswith(b".") and name.lower().endswith(_SUFFIXES)

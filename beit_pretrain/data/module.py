@@ -13,13 +13,14 @@ from torch import Generator
 from torch.utils.data import Sampler
 
 from beit_pretrain.data.dataset import ViewDataset
-from beit_pretrain.data.sampler import EvalBatches, Key, ResumableLoader, TrainBatches, choose
+from beit_pretrain.data.sampler import EvalBatches, Key, ResumableLoader, TrainBatches, choose, mix
 from beit_pretrain.data.sources import Source
 from beit_pretrain.data.transforms import EvalView, View
-from beit_pretrain.errors import ConfigError
+from beit_pretrain.errors import ConfigError, DataError
 
 _HELD_OUT_SALT = 0x76616C  # which samples are held out does not depend on the run's seed
 _SUBSET_SALT = 0x6B6E6E
+_LIMIT_SALT = 0x6C696D6974
 
 
 class BatchPlan(NamedTuple):
@@ -34,8 +35,17 @@ class DataModule(LightningDataModule):
     """Loaders over the train, val and test part of a source.
 
     `batch_size` is global. Without splits of the source's own, `val_share` of the training images are held
-    out (by class where there are labels), chosen by a hash of each index alone. `limit_steps` shortens the
-    epoch.
+    out (by class where there are labels, of which each keeps an image to train on), chosen by a hash of each
+    index alone. `limit_steps` shortens the epoch.
+
+    - `views`, `eval_views`: read when a loader is made; None until then where they are set afterwards.
+    - `labelled`: images without a label are left out of every split. DataError if none is left.
+    - `train_on_val`: the held-out images are trained on too and nothing is held out, for a last run with settings
+      that were chosen before.
+    - `train_limit`: training images used, by class in proportion and at least one of each class if that many
+      are asked for; another subset with every seed.
+    - `repeats`: views of each image in a row (repeated augmentation, Hoffer et al. 2020). An epoch keeps its
+      steps and meets so many times fewer images.
     """
 
     # A rank may have no held-out sample at all when there are fewer of them than ranks.
@@ -45,8 +55,8 @@ class DataModule(LightningDataModule):
         self,
         *,
         source: Source,
-        views: View,
-        eval_views: View,
+        views: View | None,
+        eval_views: View | None,
         batch_size: int,
         micro_batch_size: int | None,
         workers: int,
@@ -55,9 +65,13 @@ class DataModule(LightningDataModule):
         max_bad: float = 0.01,
         bad_log: Path | None,
         limit_steps: int | None = None,
+        labelled: bool = False,
+        train_on_val: bool = False,
+        train_limit: int | None = None,
+        repeats: int = 1,
     ) -> None:
         super().__init__()
-        _check(batch_size, micro_batch_size, workers, val_share, max_bad)
+        _check(batch_size, micro_batch_size, workers, val_share, max_bad, train_limit, repeats)
         self.source = source
         self.views = views
         self.eval_views = eval_views
@@ -68,7 +82,24 @@ class DataModule(LightningDataModule):
         self.max_bad = max_bad
         self.bad_log = None if bad_log is None else Path(bad_log)
         self.limit_steps = limit_steps
+        self.repeats = repeats
         self.splits = _splits(source, val_share)
+        if labelled:
+            self.splits = _with_labels(source, self.splits)
+        if train_on_val and "val" in self.splits:
+            self.splits["train"] = np.union1d(self.splits["train"], self.splits.pop("val"))
+        if train_limit is not None:
+            self.splits["train"] = _limited(self.splits["train"], train_limit, seed, source.labels)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in the order of the labels. DataError if the source has none."""
+        if self.source.class_names is None:
+            raise DataError(
+                "the classes of these images have no names: set data.source.label to a column of class labels "
+                "(ClassLabel), or data=class_folders with data.root above one folder per class"
+            )
+        return self.source.class_names
 
     @property
     def steps_per_epoch(self) -> int:
@@ -113,18 +144,26 @@ class DataModule(LightningDataModule):
             seed=self.seed,
             steps_per_epoch=self.steps_per_epoch,
             position=lambda: self.trainer.global_step if self.trainer else 0,
+            repeats=self.repeats,
         )
         return self._loader(self._dataset("train", self.views), batches, keep_workers=True)
 
     def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
         """The held-out samples, each once, with fixed views; an empty list if none are held out."""
-        if "val" not in self.splits:
+        return self._held_out("val")
+
+    def test_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
+        """The samples of the test part, each once, with fixed views; an empty list if there is no such part."""
+        return self._held_out("test")
+
+    def _held_out(self, split: str) -> ResumableLoader | list[ResumableLoader]:
+        if split not in self.splits:
             return []
         rank, world = self._place()
         batches = EvalBatches(
-            indices=self.splits["val"], batch_size=self.plan(world).micro, rank=rank, world_size=world
+            indices=self.splits[split], batch_size=self.plan(world).micro, rank=rank, world_size=world
         )
-        return self._loader(self._dataset("val", self.eval_views, held_out=True), batches, keep_workers=True)
+        return self._loader(self._dataset(split, self.eval_views, held_out=True), batches, keep_workers=True)
 
     def labelled(
         self, split: str, image_size: tuple[int, int], limit: int | None, crop_pct: float = 1.0
@@ -148,7 +187,8 @@ class DataModule(LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _dataset(self, split: str, view: View, *, held_out: bool = False) -> ViewDataset:
+    def _dataset(self, split: str, view: View | None, *, held_out: bool = False) -> ViewDataset:
+        assert view is not None
         return ViewDataset(
             source=self.source,
             indices=self.splits[split],
@@ -185,9 +225,33 @@ def _splits(source: Source, val_share: float) -> dict[str, np.ndarray]:
     if "val" not in splits:
         count = math.ceil(val_share * len(train)) if len(train) > 1 else 0
         if count:
-            splits["val"] = choose(train, count, _HELD_OUT_SALT, source.labels)
-            train = np.setdiff1d(train, splits["val"])
+            held_out = choose(train, count, _HELD_OUT_SALT, source.labels, spare=1)
+            train = np.setdiff1d(train, held_out)
+            if len(held_out):
+                splits["val"] = held_out
     return splits | {"train": train}
+
+
+def _with_labels(source: Source, splits: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The splits without their unlabelled samples; parts that are empty then are left out."""
+    labels = source.labels
+    known = {} if labels is None else {name: part[labels[part] >= 0] for name, part in splits.items()}
+    known = {name: part for name, part in known.items() if len(part)}
+    if "train" not in known:
+        raise DataError(
+            "the training images have no labels, which this stage learns from: put those of each class into a "
+            "folder of its own and set data=class_folders data.root=<the folder above>"
+        )
+    return known
+
+
+def _limited(train: np.ndarray, limit: int, seed: int, labels: np.ndarray | None) -> np.ndarray:
+    if limit > len(train):
+        raise ConfigError(
+            f"data.train_limit={limit} is more than the {len(train)} training images; set it to {len(train)} "
+            "or less, or to null for all"
+        )
+    return choose(train, limit, mix(seed, _LIMIT_SALT), labels, least=1)
 
 
 def _nearest(value: int, options: Iterable[int]) -> str:
@@ -198,7 +262,15 @@ def _nearest(value: int, options: Iterable[int]) -> str:
     return " or ".join(str(option) for option in (below, above) if option is not None)
 
 
-def _check(batch: int, micro: int | None, workers: int, val_share: float, max_bad: float) -> None:
+def _check(
+    batch: int,
+    micro: int | None,
+    workers: int,
+    val_share: float,
+    max_bad: float,
+    train_limit: int | None,
+    repeats: int,
+) -> None:
     faults = []
     if batch < 1:
         faults.append(f"batch_size={batch}: set 1 or more")
@@ -210,5 +282,9 @@ def _check(batch: int, micro: int | None, workers: int, val_share: float, max_ba
         faults.append(f"data.val_share={val_share}: set a share from 0 (no held-out images) to below 1")
     if not 0 <= max_bad <= 1:
         faults.append(f"data.max_bad={max_bad}: set a share from 0 to 1")
+    if train_limit is not None and train_limit < 1:
+        faults.append(f"data.train_limit={train_limit}: set 1 or more, or null for all training images")
+    if repeats < 1:
+        faults.append(f"data.repeats={repeats}: set 1 (each image once in an epoch) or more")
     if faults:
         raise ConfigError(faults)

@@ -19,7 +19,10 @@ _ORDER = 0x6F72646572  # salt of epoch orders, so that they share no draw with t
 
 
 class Key(NamedTuple):
-    """One item of a batch. The epoch travels with the sample, so persistent workers need no `set_epoch`."""
+    """One item of a batch. The epoch travels with the sample, so persistent workers need no `set_epoch`.
+
+    Where samples are repeated inside an epoch, `epoch` counts on per view: epoch * repeats + repeat.
+    """
 
     sample: int
     epoch: int
@@ -61,32 +64,61 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(hashes(np.arange(n), seed, _ORDER, epoch))
 
 
-def choose(indices: np.ndarray, count: int, salt: int, labels: np.ndarray | None = None) -> np.ndarray:
+def choose(
+    indices: np.ndarray,
+    count: int,
+    salt: int,
+    labels: np.ndarray | None = None,
+    *,
+    least: int = 0,
+    spare: int = 0,
+) -> np.ndarray:
     """`count` of `indices`, sorted; by class in proportion, given the `labels` of the whole source.
 
     Each sample's rank is a hash of its own index, so the choice does not depend on the order of the others.
-    Seats of the classes go by largest remainder (smaller class number first among equals).
+    Seats of the classes go by largest remainder (smaller class number first among equals). Every class gets
+    `least` seats if it has as many samples and `count` is enough for all, and keeps `spare` samples out of
+    the choice, which may then be smaller than `count`.
     """
     ranked = indices[np.argsort(hashes(indices, salt))]
     if labels is None:
         return np.sort(ranked[:count])
-    classes, sizes = np.unique(labels[indices], return_counts=True)
-    count = min(count, len(indices))
-    shares = count * sizes / max(1, len(indices))
+    mine = labels[ranked]
+    _, sizes = np.unique(mine, return_counts=True)
+    seats = _seats(sizes, count, least, spare)
+    by_class = np.argsort(mine, kind="stable")  # within a class still by hash
+    place = np.arange(len(ranked)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within its class
+    return np.sort(ranked[by_class[place < np.repeat(seats, sizes)]])
+
+
+def _seats(sizes: np.ndarray, count: int, least: int, spare: int) -> np.ndarray:
+    """How many of each class: in proportion to `sizes` (C,) between the bounds, `count` in all."""
+    high = np.maximum(sizes - spare, 0)
+    low = np.minimum(least, high)
+    count = min(count, int(high.sum()))
+    if low.sum() > count:
+        low = np.zeros_like(low)
+    shares = count * sizes / max(1, sizes.sum())
+    if ((shares < low) | (shares > high)).any():
+        from scipy.optimize import root_scalar  # rarely needed, and slow to import
+
+        # The factor at which the bounded shares add up to the count; at 0 they are too few, at 1 too many.
+        excess = root_scalar(lambda factor: np.clip(factor * sizes, low, high).sum() - count, bracket=(0, 1))
+        shares = np.clip(excess.root * sizes, low, high)
     seats = np.floor(shares).astype(int)
     left = count - int(seats.sum())
     seats[np.argsort(seats - shares, kind="stable")[:left]] += 1
-    mine = labels[ranked]
-    parts = [ranked[mine == label][:seat] for label, seat in zip(classes, seats, strict=True)]
-    return np.sort(np.concatenate(parts)) if parts else indices[:0]
+    return seats
 
 
 class TrainBatches(Sampler[list[Key]]):
     """This rank's micro-batches from the current step to the end of its epoch.
 
     Step s of an epoch uses rows s*batch_size onward of that epoch's order; micro-batch m of rank r takes
-    rows (m*W + r)*micro_batch_size of those. `position` gives the optimiser step g and is read whenever an
-    iteration begins, so a run that starts again anywhere goes on with exactly the remaining keys.
+    rows (m*W + r)*micro_batch_size of those. With `repeats` each sample fills that many rows in a row, each
+    with a view of its own, and an epoch of as many steps meets so many times fewer samples (repeated
+    augmentation, Hoffer et al. 2020). `position` gives the optimiser step g and is read whenever an iteration
+    begins, so a run that starts again anywhere goes on with exactly the remaining keys.
     """
 
     def __init__(
@@ -100,6 +132,7 @@ class TrainBatches(Sampler[list[Key]]):
         seed: int,
         steps_per_epoch: int,
         position: Callable[[], int],
+        repeats: int = 1,
     ) -> None:
         assert batch_size % (micro_batch_size * world_size) == 0
         assert 0 < steps_per_epoch <= len(indices) // batch_size
@@ -112,6 +145,7 @@ class TrainBatches(Sampler[list[Key]]):
         self.steps_per_epoch = steps_per_epoch
         self.accumulate = batch_size // (micro_batch_size * world_size)
         self.position = position
+        self.repeats = repeats
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch, wherever the next iteration begins."""
@@ -124,11 +158,14 @@ class TrainBatches(Sampler[list[Key]]):
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[Key]]:
         order = self.indices[epoch_order(len(self.indices), self.seed, epoch)]
-        micro = self.micro_batch_size
+        micro, repeats = self.micro_batch_size, self.repeats
         for step in range(start, self.steps_per_epoch):
             for m in range(self.accumulate):
                 row = step * self.batch_size + (m * self.world_size + self.rank) * micro
-                yield [Key(sample, epoch) for sample in order[row : row + micro].tolist()]
+                yield [
+                    Key(int(order[j // repeats]), epoch * repeats + j % repeats)
+                    for j in range(row, row + micro)
+                ]
 
 
 class EvalBatches(Sampler[list[Key]]):

@@ -127,7 +127,7 @@ def crop_box(
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-class _Cutter:
+class Cutter:
     """One random crop of an image, jittered in colour and flipped, at its own size."""
 
     def __init__(
@@ -182,10 +182,10 @@ class TwoViews:
     ) -> None:
         if token_interpolation not in ("lanczos", "bicubic"):
             raise ConfigError(f"token_interpolation={token_interpolation}: set lanczos or bicubic")
-        self.image_size = _pair(image_size)
-        self.token_image_size = None if token_image_size is None else _pair(token_image_size)
+        self.image_size = pair(image_size)
+        self.token_image_size = None if token_image_size is None else pair(token_image_size)
         self.mask = mask
-        self.cut = _Cutter(crop_scale, crop_ratio, flip, jitter)
+        self.cut = Cutter(crop_scale, crop_ratio, flip, jitter)
         self.token_interpolation: Interpolation = token_interpolation
 
     def __call__(self, image: Tensor, key: int) -> Crops:
@@ -217,14 +217,14 @@ class OneView:
         flip: float = 0.5,
         jitter: float = 0.0,
     ) -> None:
-        self.image_size = _pair(image_size)
-        self.cut = _Cutter(crop_scale, crop_ratio, flip, jitter)
+        self.image_size = pair(image_size)
+        self.cut = Cutter(crop_scale, crop_ratio, flip, jitter)
 
     def __call__(self, image: Tensor, key: int) -> Crops:
         return Crops(resize(self.cut(image, key), self.image_size, "bicubic"))  # (3, S, S')
 
     def collate(self, items: Sequence[Item]) -> ImageBatch:
-        return _image_batch(items)
+        return image_batch(items)
 
 
 class EvalView:
@@ -233,7 +233,7 @@ class EvalView:
     def __init__(self, *, image_size: tuple[int, int], crop_pct: float = 0.875) -> None:
         if not 0 < crop_pct <= 1:
             raise ConfigError(f"crop_pct={crop_pct}: set a share of the image above 0 and at most 1")
-        self.image_size = _pair(image_size)
+        self.image_size = pair(image_size)
         # The small term keeps 224 / 0.875 at 256, whatever the last bit of the quotient.
         self.cover = tuple(math.floor(side / crop_pct + 1e-6) for side in image_size)
 
@@ -248,15 +248,17 @@ class EvalView:
         return Crops(resized[:, top : top + self.image_size[0], left : left + self.image_size[1]])
 
     def collate(self, items: Sequence[Item]) -> ImageBatch:
-        return _image_batch(items)
+        return image_batch(items)
 
 
-def _pair(size: Sequence[int]) -> tuple[int, int]:
+def pair(size: Sequence[int]) -> tuple[int, int]:
+    """(rows, cols) of two numbers, whatever kind of sequence the configuration holds."""
     rows, cols = size
     return rows, cols
 
 
-def _image_batch(items: Sequence[Item]) -> ImageBatch:
+def image_batch(items: Sequence[Item]) -> ImageBatch:
+    """The items of a view of one crop as a batch."""
     label = torch.tensor([item.label for item in items], dtype=torch.int64)
     return ImageBatch(torch.stack([item.crops.image for item in items]), label, *_numbers(items))
 

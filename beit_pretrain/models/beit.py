@@ -12,12 +12,11 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from beit_pretrain.errors import BeitError, ConfigError
 from beit_pretrain.models.blocks import Block, Kernel, KernelChoice, choose_kernel
-from beit_pretrain.models.rel_pos import BiasLookup, RelativePositionBias, table_rows
+from beit_pretrain.models.rel_pos import BiasLookup, RelativePositionBias, resize_positions, table_rows
 
 RelPos = Literal["shared", "per_layer", "none"]
 
@@ -205,17 +204,8 @@ class Beit(nn.Module):
             patches = torch.where(mask[..., None], self.mask_token, patches)
         tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)  # (B, L, D)
         if self.pos_embed is not None:
-            tokens = tokens + _resize_positions(self.pos_embed, self.grid, grid)
+            tokens = tokens + resize_positions(self.pos_embed, self.grid, grid)
         return tokens
-
-
-def _resize_positions(positions: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Position embeddings (1, L, D) for another grid: CLS as it is, patches bicubic."""
-    if source == target:
-        return positions
-    patches = positions[:, 1:].transpose(1, 2).unflatten(2, source)  # (1, D, rows, columns)
-    patches = F.interpolate(patches, size=target, mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 def _faults(

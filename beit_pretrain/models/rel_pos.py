@@ -1,4 +1,4 @@
-"""Relative position bias: which pair of tokens reads which row of a table, on any grid.
+"""Where a token lies: relative position bias and absolute positions, on any grid.
 
 Letters: H heads, L = 1 + N tokens (CLS first, then N = rows * columns patches, row-major), P = L rounded up
 to a multiple of 8, R = (2 rows - 1)(2 columns - 1) + 3 rows of a table.
@@ -118,6 +118,15 @@ def resize_table(table: Tensor, source_grid: Grid, target_grid: Grid) -> Tensor:
     matrices = (_side_matrix(*sides) for sides in zip(source_grid, target_grid, strict=True))
     rows, columns = (torch.from_numpy(matrix).to(table.device) for matrix in matrices)
     return _resize(table, source_grid, rows, columns)
+
+
+def resize_positions(positions: Tensor, source: Grid, target: Grid) -> Tensor:
+    """Absolute position embeddings (1, L, D) for another grid: CLS as it is, patches bicubic."""
+    if source == target:
+        return positions
+    patches = positions[:, 1:].transpose(1, 2).unflatten(2, source)  # (1, D, rows, columns)
+    patches = nn.functional.interpolate(patches, size=target, mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 def _padded_index(grid: Grid) -> Tensor:

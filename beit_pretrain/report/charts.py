@@ -8,13 +8,20 @@ from dataclasses import replace
 import numpy as np
 
 from beit_pretrain.report.curves import Chart, Level, Line
-from beit_pretrain.report.folder import Run, Series, number, rows
+from beit_pretrain.report.folder import Run, Series, number, records
+
+LOSSES = {
+    "pretrain": "masked cross-entropy, nats",
+    "classify": "cross-entropy, nats; training images are augmented",
+    "probe": "nats; training: mean of all classifiers, held-out: the best",
+}
 
 
 def run_charts(run: Run) -> list[Chart]:
     """The charts of training, in the order of the page; one with a single point of each line says nothing."""
     made = (loss(run), accuracy(run), reconstruction(run), divergence(run), temperature(run), perplexity(run))
-    made += (codebook(run), knn_while_training(run), learning_rate(run), gradient_norm(run))
+    made += (codebook(run), knn_while_training(run), probe_while_training(run))
+    made += (learning_rate(run), gradient_norm(run))
     found = [chart for chart in (*made, speed(run), waiting(run)) if chart is not None]
     return [chart for chart in found if max(len(line.series.value) for line in chart.lines) > 1]
 
@@ -24,19 +31,34 @@ def loss(run: Run) -> Chart | None:
     lines = _both(run, "loss")
     if not lines:
         return None
-    note = "masked cross-entropy, nats" if run.stage == "pretrain" else ""
     more, levels = _baselines(run, "loss")
+    more += _line(run, "val_ema/loss", "held-out, EMA", colour="third", markers=True)
+    note = LOSSES.get(run.stage, "")
     return Chart(title="Loss", lines=lines + more, levels=levels, note=note)
 
 
 def accuracy(run: Run) -> Chart | None:
-    """Training and held-out accuracy beside the share of the most frequent ids."""
+    """Training and held-out accuracy, of masked tokens beside the share of the most frequent ids."""
+    if run.stage == "classify":
+        return classification(run)
     lines = _both(run, "accuracy")
     if not lines:
         return None
     more, levels = _baselines(run, "accuracy")
     note = "masked tokens whose id is predicted" if run.stage == "pretrain" else ""
     return Chart(title="Accuracy", lines=lines + more, levels=levels, percent=True, note=note)
+
+
+def classification(run: Run) -> Chart | None:
+    """Top-1 on held-out images and, where labels are not mixed, accuracy on training images."""
+    lines = _line(run, "val/top1", "held-out top-1", colour="heldout", markers=True)
+    lines += _line(run, "val_ema/top1", "held-out top-1, EMA", colour="third", markers=True)
+    lines = _line(run, "train/accuracy", "training", smooth=True) + lines
+    if not lines:
+        return None
+    quiet = [replace(line, quiet=True) for line in _line(run, "val/top5", "held-out top-5", colour="faint")]
+    note = "grey: held-out top-5" if quiet else ""
+    return Chart(title="Accuracy", lines=quiet + lines, percent=True, note=note)
 
 
 def reconstruction(run: Run) -> Chart | None:
@@ -70,19 +92,25 @@ def codebook(run: Run) -> Chart | None:
 
 def knn_while_training(run: Run) -> Chart | None:
     """kNN accuracy of every block over the steps; the block that ends best stands out."""
-    found = {int(name[len("knn/block_") :]): run.metrics[name] for name in run.metrics if _is_block(name)}
+    found = _of_blocks(run, "knn")
     if not found or max(len(series.value) for series in found.values()) < 2:
         return None
     best = max(found, key=lambda block: found[block].last)
-    lines = [
-        Line(label=f"block {block}", series=series, colour="faint", quiet=True)
-        for block, series in sorted(found.items())
-        if block != best
-    ]
+    lines = [_quiet(block, series) for block, series in sorted(found.items()) if block != best]
     lines.append(Line(label=f"block {best}", series=found[best], markers=True))
     return Chart(
         title="kNN while training", lines=lines, percent=True, note="held-out; grey: the other blocks"
     )
+
+
+def probe_while_training(run: Run) -> Chart | None:
+    """Accuracy of the best linear classifier, and of the best at each block, over the steps."""
+    best = _line(run, "val/best", "best of all", markers=True)
+    if not best:
+        return None
+    blocks = [_quiet(block, series) for block, series in sorted(_of_blocks(run, "val").items())]
+    note = "validation; grey: the best of each block" if blocks else "validation"
+    return Chart(title="Linear probe while training", lines=blocks + best, percent=True, note=note)
 
 
 def learning_rate(run: Run) -> Chart | None:
@@ -125,7 +153,7 @@ def knn_by_block(run: Run) -> Chart | None:
     source = run.path / "results.json"
     knn = run.section("knn")
     best = number(knn, "best_block", source)
-    blocks = [block for block in rows(knn, "blocks", source) if isinstance(block, dict)]
+    blocks = records(knn, "blocks", source)
     lines = []
     for key, label, colour in (("val", "validation", "heldout"), ("test", "test", "training")):
         points = [(number(block, "block", source), number(block, key, source)) for block in blocks]
@@ -162,8 +190,14 @@ def _typical(series: Series | None) -> Line | None:
     return Line(label="median", series=known, smooth=True, number=float(np.median(known.value)))
 
 
-def _is_block(name: str) -> bool:
-    return re.fullmatch(r"knn/block_\d+", name) is not None
+def _of_blocks(run: Run, prefix: str) -> dict[int, Series]:
+    """The columns `prefix`/block_0, `prefix`/block_1, ... by block."""
+    found = {name: re.fullmatch(rf"{prefix}/block_(\d+)", name) for name in run.metrics}
+    return {int(match[1]): run.metrics[name] for name, match in found.items() if match}
+
+
+def _quiet(block: int, series: Series) -> Line:
+    return Line(label=f"block {block}", series=series, colour="faint", quiet=True)
 
 
 def _both(run: Run, name: str) -> list[Line]:

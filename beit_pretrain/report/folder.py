@@ -11,7 +11,7 @@ import json
 import math
 import re
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,16 +63,16 @@ class Run:
     def status(self) -> str:
         return text(self.results, "status") or "unfinished"
 
-    def section(self, key: str) -> Mapping[str, Any]:
-        """A mapping inside `results.json`; empty if the run did not write it."""
-        return mapping(self.results, key, self.path / "results.json")
+    def section(self, *keys: str) -> Mapping[str, Any]:
+        """The mapping inside `results.json` at the path `keys`; empty if the run did not write it."""
+        inner = self.results
+        for key in keys:
+            inner = mapping(inner, key, self.path / "results.json")
+        return inner
 
     def number(self, *keys: str) -> float | None:
         """A number of `results.json` at the path `keys`; None if the run did not write it."""
-        inner: Any = self.results
-        for key in keys[:-1]:
-            inner = mapping(inner, key, self.path / "results.json")
-        return number(inner, keys[-1], self.path / "results.json")
+        return number(self.section(*keys[:-1]), keys[-1], self.path / "results.json")
 
     def metric(self, name: str) -> float | None:
         """The final value of a metric: what the run put down as its result, else the last one it logged."""
@@ -204,6 +204,27 @@ def rows(values: Mapping[str, Any], key: str, source: Path) -> list[Any]:
     if not isinstance(value, list):
         raise BeitError(f"{source}: '{key}' should be a list, got {value!r}: mend or move the file away")
     return value
+
+
+def records(values: Mapping[str, Any], key: str, source: Path) -> list[Mapping[str, Any]]:
+    """A list of mappings inside a mapping; empty if missing, an error if it is something else."""
+    found = rows(values, key, source)
+    for row in found:
+        if not isinstance(row, dict):
+            raise BeitError(
+                f"{source}: each of '{key}' should be a mapping, got {row!r}: mend or move the file away"
+            )
+    return found
+
+
+def counts(values: Sequence[Any], key: str, source: Path) -> np.ndarray:
+    """Whole numbers from 0 on as an int64 array, an error if there is anything else."""
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
+            raise BeitError(
+                f"{source}: '{key}' should hold counts, got {value!r}: mend or move the file away"
+            )
+    return np.array(values, dtype=np.int64)
 
 
 def number(values: Mapping[str, Any], key: str, source: Path) -> float | None:

@@ -13,10 +13,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from beit_pretrain.errors import BeitError
-from beit_pretrain.report import charts, pictures, sections
+from beit_pretrain.report import charts, classification, comparison, pictures, probing, sections
 from beit_pretrain.report.curves import Chart, draw
 from beit_pretrain.report.folder import Run, read_run, sheet_step
-from beit_pretrain.report.words import duration, whole
+from beit_pretrain.report.heat_map import HeatMap, heat_map
+from beit_pretrain.report.words import duration, interval, whole
 
 HERE = Path(__file__).parent
 STRIP = 12  # pictures between the first and the last one
@@ -27,6 +28,16 @@ class View(NamedTuple):
 
     chart: Chart
     svg: Markup
+
+
+class ClassesView(NamedTuple):
+    """The section on single classes: `rows` as shown at first and those folded away."""
+
+    summary: str
+    rows: list[list[str]]
+    folded: list[list[str]]
+    map: HeatMap | None
+    confusions: list[str]
 
 
 class Link(NamedTuple):
@@ -50,7 +61,7 @@ def make_report(run: Path) -> Path:
     Raises `BeitError` if there is no such folder or a file in it is damaged.
     """
     found = read_run(run)
-    knn_chart = charts.knn_by_block(found)
+    knn_chart, probe_chart = charts.knn_by_block(found), probing.by_block(found)
     page = _render(
         "run.html.j2",
         title=found.name,
@@ -65,6 +76,10 @@ def make_report(run: Path) -> Path:
         knn_rows=sections.knn_rows(found),
         knn_remark=sections.knn_remark(found),
         knn_chart=None if knn_chart is None else _view(knn_chart),
+        probe_chart=None if probe_chart is None else _view(probe_chart),
+        probe_rows=probing.probe_rows(found),
+        classes=_classes(found),
+        start=classification.start(found),
         held_out=sections.held_out(found),
         diff=sections.recipe_diff(found),
         command=sections.text(found.results, "command"),
@@ -84,15 +99,18 @@ def make_chain_report(folder: Path, links: Sequence[tuple[str, Path]]) -> Path:
         raise BeitError(f"There is no folder {folder} to write the report of the chain to")
     runs = [(name, path, read_run(path) if path.is_dir() else None) for name, path in links]
     views = [_link(name, path, run, folder) for name, path, run in runs]
-    measured = [run for _, _, run in runs if run is not None and sections.knn_bars(run)]
-    seconds = [run.number("seconds") or 0.0 for _, _, run in runs if run is not None]
+    present = [(name, run) for name, _, run in runs if run is not None]
+    compared = comparison.compare(present)
+    measured = [run for _, run in present if sections.knn_bars(run)]
     page = _render(
         "chain.html.j2",
         title=folder.resolve().name,
         status="finished" if all(view.status == "finished" for view in views) else "unfinished",
-        total=duration(sum(seconds)),
+        total=duration(sum(run.number("seconds") or 0.0 for _, run in present)),
         links=views,
-        knn_bars=sections.knn_bars(measured[-1]) if measured else [],
+        compared=compared,
+        compared_chart=None if compared is None or compared.chart is None else _view(compared.chart),
+        knn_bars=sections.knn_bars(measured[-1]) if measured and compared is None else [],
         knn_remark=sections.knn_remark(measured[-1]) if measured else "",
     )
     return _write(folder / "report.html", page)
@@ -103,7 +121,10 @@ def _link(name: str, path: Path, run: Run | None, folder: Path) -> Link:
         return Link(name, "", "not started", "", "", "", [], [], None)
     there = path / "report.html"
     href = quote(Path(os.path.relpath(there, folder)).as_posix()) if there.is_file() else ""
-    key = [charts.loss(run), charts.accuracy(run) or charts.reconstruction(run), charts.knn_by_block(run)]
+    key = (
+        [] if run.stage == "probe" else [charts.loss(run), charts.accuracy(run) or charts.reconstruction(run)]
+    )
+    key += [probing.by_block(run), charts.knn_by_block(run)]
     held_out = sections.held_out(run)
     seconds = run.number("seconds")
     return Link(
@@ -117,6 +138,16 @@ def _link(name: str, path: Path, run: Run | None, folder: Path) -> Link:
         charts=[_view(chart) for chart in key if chart is not None],
         picture=_sheet(run.sheets[-1]) if run.sheets else None,
     )
+
+
+def _classes(run: Run) -> ClassesView | None:
+    found = classification.read_classes(run)
+    if found is None:
+        return None
+    rows, first = classification.class_rows(found), classification.FIRST
+    said = classification.summary(run, found)
+    mistakes = classification.confusions(found)
+    return ClassesView(said, rows[:first], rows[first:], heat_map(found), mistakes)
 
 
 def _view(chart: Chart) -> View:
@@ -151,7 +182,9 @@ def _render(template: str, **values: Any) -> str:
 @cache
 def _templates() -> Environment:
     loader = FileSystemLoader(HERE)
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    made.filters["interval"] = interval
+    return made
 
 
 def _write(path: Path, page: str) -> Path:

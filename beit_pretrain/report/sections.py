@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from beit_pretrain.errors import BeitError
-from beit_pretrain.report.folder import Run, number, rows, text
+from beit_pretrain.report import classification, probing
+from beit_pretrain.report.folder import Run, number, records, rows, text
+from beit_pretrain.report.parts import Bar, Tile
 from beit_pretrain.report.words import compact, duration, percent, plain, whole
 
 CLEAR = 3.0  # standard errors from which a difference is called clear
@@ -22,22 +24,6 @@ STAGES = {
     "probe": "linear probe",
     "segment": "segmentation",
 }
-
-
-class Tile(NamedTuple):
-    """One number at the top of the page."""
-
-    label: str
-    value: str
-    note: str
-
-
-class Bar(NamedTuple):
-    """One row of a comparison; `main` is the one that the page is about."""
-
-    label: str
-    share: float
-    main: bool
 
 
 class HeldOut(NamedTuple):
@@ -62,6 +48,8 @@ def main_result(run: Run) -> str:
 
 
 def _result_tiles(run: Run) -> Iterator[Tile]:
+    yield from classification.tiles(run)
+    yield from probing.tiles(run)
     knn = run.number("knn", "accuracy")
     if knn is not None:
         best = run.number("knn", "best_block")
@@ -73,7 +61,7 @@ def _result_tiles(run: Run) -> Iterator[Tile]:
         yield Tile("held-out loss", compact(recon), "of the reconstruction")
     elif run.metric("val/loss") is not None:
         yield from _held_out_tiles(run)
-    elif training is not None:
+    elif training is not None and run.stage != "probe":  # there a sum over classifiers of all qualities
         yield Tile("training loss", compact(training), "last logged step")
     for split, images in (("val", "held-out"), ("train", "training")):
         use = run.metric(f"{split}/codebook_use")
@@ -93,6 +81,9 @@ def _size_tiles(run: Run) -> Iterator[Tile]:
     steps, epochs = run.number("steps"), run.number("epochs")
     if steps is not None:
         yield Tile("steps", whole(steps), "" if epochs is None else f"{compact(epochs)} epochs")
+    images = run.number("train_images")
+    if images is not None:
+        yield Tile("training images", whole(images), "")
     seconds = run.number("seconds")
     if seconds is not None:
         yield Tile("time", duration(seconds), "")
@@ -173,11 +164,7 @@ def knn_rows(run: Run) -> list[list[str]]:
     knn = run.section("knn")
     best = number(knn, "best_block", source)
     table = []
-    for block in rows(knn, "blocks", source):
-        if not isinstance(block, dict):
-            raise BeitError(
-                f"{source}: each of 'knn.blocks' should be a mapping, got {block!r}: mend the file"
-            )
+    for block in records(knn, "blocks", source):
         at = number(block, "block", source)
         if at is not None:
             cells = [_cell(number(block, key, source), percent) for key in ("val", "test")]

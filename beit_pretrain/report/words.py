@@ -28,6 +28,11 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f}%"
 
 
+def interval(span: tuple[float, float], digits: int = 1) -> str:
+    """Two shares of one as a range in percent."""
+    return f"{100 * span[0]:.{digits}f} to {100 * span[1]:.{digits}f}%"
+
+
 def duration(seconds: float) -> str:
     """Seconds in the two largest units that say something."""
     if seconds < 60:

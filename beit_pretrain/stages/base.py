@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from beit_pretrain import optim
 from beit_pretrain.checkpoint import files
 from beit_pretrain.errors import CheckpointError, TrainingError
+from beit_pretrain.stages.bad_steps import keep_bad_step
 from beit_pretrain.stages.loop_state import fit_loop_state
 
 BAD_STEPS_KEPT = 3  # each file holds the weights, so a run that never recovers must not fill the disk
@@ -37,13 +38,6 @@ class StepResult:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Normalize(NamedTuple):
-    """Channel means and standard deviations of pixels in [0, 1]."""
-
-    mean: Sequence[float]
-    std: Sequence[float]
-
-
 def step_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
     """The generator's seed for one micro-batch."""
     return int(np.random.SeedSequence([seed, step, micro_batch, rank]).generate_state(1, np.uint64)[0])
@@ -56,7 +50,10 @@ class Stage(LightningModule, ABC):
     checkpoint leaves out and only remembers by their weight hash.
     """
 
+    monitor: tuple[str, str] = ("val/loss", "min")  # which held-out number makes a checkpoint the best one
+    self_supervised = True  # whether kNN while training says more than the held-out score
     frozen: tuple[str, ...] = ()
+    came_from = "tokenizer.checkpoint"  # where frozen weights are from
     statistics: tuple[str, ...] = ()  # submodules that count instead of learning
 
     def __init__(
@@ -84,6 +81,7 @@ class Stage(LightningModule, ABC):
         self.record: dict[str, Any] = {}
         self.latest: dict[str, float] = {}
         self.held_out: dict[str, float] = {}  # the last held-out score
+        self.tested: dict[str, float] = {}  # the score on the test part, where data have one
         self.steps_per_epoch = 0
         self.batch_size = 0
         shape = (1, 3, 1, 1)
@@ -239,7 +237,15 @@ class Stage(LightningModule, ABC):
         # A loss scaler finds its scale by overflowing, which is no fault of the batch.
         scaling = self.trainer.precision == "16-mixed" and bool(torch.isfinite(self._totals["loss"]))
         if not scaling and total <= BAD_STEPS_KEPT:
-            path = self._keep_bad_step(step)
+            path = keep_bad_step(
+                self.run_dir,
+                step=step,
+                rank=self.global_rank,
+                batches=self._batches,
+                state=self._own_state(self.state_dict()),
+                record=self.record,
+                precision=str(self.trainer.precision),
+            )
             rank_zero_warn(
                 f"step {step}: loss or gradient is not finite; the update is skipped, the batch is kept. "
                 f"`beit-tools replay {path}` reproduces it."
@@ -251,25 +257,6 @@ class Stage(LightningModule, ABC):
                 f"{self.run_dir / 'checkpoints'} is untouched; try a lower stage.optim.lr, stage.optim.clip, or "
                 "trainer.precision=32."
             )
-
-    def _keep_bad_step(self, step: int) -> Path:
-        path = self.run_dir / "bad_steps" / f"step-{step:08d}-rank{self.global_rank}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        batches = [
-            {k: v.cpu() for k, v in batch._asdict().items() if v is not None} for batch in self._batches
-        ]
-        files.write(
-            path,
-            {
-                "beit_pretrain": self.record,
-                "state_dict": self._own_state(self.state_dict()),
-                "batches": batches,
-                "step": step,
-                "rank": self.global_rank,
-                "precision": str(self.trainer.precision),
-            },
-        )
-        return path
 
     def _log_step(self, step: int) -> None:
         self.merge_ranks()
@@ -307,19 +294,28 @@ class Stage(LightningModule, ABC):
         # Lightning's own callbacks (early stopping and the like) read it from here.
         self.log_dict(metrics, logger=False, rank_zero_only=False, batch_size=1)
 
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self.tested = {f"test{name.removeprefix('val')}": value for name, value in self.evaluation().items()}
+
     # --- optimiser -------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups = optim.parameter_groups(self.trained_parameters(), self.recipe, self.depth)
         on_cuda = self.device.type == "cuda"
         return torch.optim.AdamW(
-            groups,
+            self.parameter_groups(),
             lr=self.recipe.lr,
             betas=self.recipe.betas,
             eps=self.recipe.eps,
             # The loss scaler of 16-mixed must see the gradients before a fused step would unscale them.
             fused=True if on_cuda and self.trainer.precision != "16-mixed" else None,
         )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What AdamW is given, with the keys that `optim.set_schedule` reads."""
+        return optim.parameter_groups(self.trained_parameters(), self.recipe, self.depth)
 
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
@@ -348,7 +344,7 @@ class Stage(LightningModule, ABC):
             if saved.get(name) != now:
                 raise CheckpointError(
                     f"the {name}'s weights (hash {now[:12]}) are not those the checkpoint was trained with "
-                    f"({str(saved.get(name))[:12]}): give the original with {name}.checkpoint, or start anew "
+                    f"({str(saved.get(name))[:12]}): give the original with {self.came_from}, or start anew "
                     "with another name="
                 )
             part: nn.Module = getattr(self, name)

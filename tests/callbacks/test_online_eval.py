@@ -139,3 +139,12 @@ def test_a_stage_without_an_encoder_is_left_alone(tmp_path: Path, caplog: pytest
     with caplog.at_level(logging.INFO):
         fit(stage, Data(), tmp_path, [OnlineKnn(every_epochs=1, image_size=8, limit=None, k=5)])
     assert "No kNN while training: this stage has no encoder." in caplog.text
+
+
+def test_a_stage_that_learns_from_labels_is_left_alone(tmp_path: Path) -> None:
+    class Supervised(Toy):
+        self_supervised = False
+
+    stage = Supervised(epochs=1)
+    fit(stage, Data(), tmp_path, [OnlineKnn(every_epochs=1, image_size=8, limit=None, k=5)])
+    assert stage.logged == []

@@ -98,6 +98,8 @@ class Encoder(nn.Module):
 class Toy(LightningModule):
     """Learns the class; what it offers to callbacks is what every stage offers."""
 
+    self_supervised = True
+
     def __init__(self, epochs: int = 3, steps_per_epoch: int = 6, batch_size: int = 8) -> None:
         super().__init__()
         self.encoder = Encoder()

@@ -11,6 +11,7 @@ import torch
 
 from beit_pretrain.checkpoint.saving import SaveCheckpoints, last_checkpoint
 from beit_pretrain.errors import ConfigError
+from beit_pretrain.stages.base import Stage
 
 
 def trainer(step: int, loss: float | None) -> Any:
@@ -32,12 +33,26 @@ def trainer(step: int, loss: float | None) -> Any:
 def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     saver = SaveCheckpoints(folder=tmp_path, keep=2)
     for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, float("nan")), (50, 1.5)):
-        saver.on_train_epoch_end(trainer(step, loss), None)  # pyright: ignore[reportArgumentType]
+        saver.on_train_epoch_end(trainer(step, loss), Stage)  # pyright: ignore[reportArgumentType]
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == ["best.ckpt", "last.ckpt", "step-00000040.ckpt", "step-00000050.ckpt"]
     assert (tmp_path / "best.ckpt").read_text() == "20" and (tmp_path / "last.ckpt").read_text() == "50"
     assert saver.state_dict() == {"best_value": 1.0, "best_step": 20}
     assert last_checkpoint(tmp_path) == tmp_path / "step-00000050.ckpt"
+
+
+def test_a_stage_says_which_score_makes_the_best(tmp_path: Path) -> None:
+    stage: Any = SimpleNamespace(monitor=("val/top1", "max"))
+    saver = SaveCheckpoints(folder=tmp_path, keep=1)
+    for step, top1 in ((10, float("nan")), (20, 0.5), (30, 0.7), (40, 0.6)):
+        at = trainer(step, 1.0 / step)
+        at.callback_metrics["val/top1"] = torch.tensor(top1)
+        saver.on_train_epoch_end(at, stage)
+    assert (tmp_path / "best.ckpt").read_text() == "30"
+    by_loss = SaveCheckpoints(folder=tmp_path / "other", monitor="val/loss")
+    for step, loss in ((10, 1.0), (20, 2.0)):
+        by_loss.on_train_epoch_end(trainer(step, loss), stage)
+    assert by_loss.best_step == 10
 
 
 def test_within_an_epoch_it_saves_by_step_after_whole_updates_only(tmp_path: Path) -> None:

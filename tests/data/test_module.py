@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from data.shades import Shades, Strategy, flat, make_module
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
@@ -19,10 +20,9 @@ from torch import Tensor
 
 from beit_pretrain.data.module import BatchPlan, DataModule
 from beit_pretrain.data.sampler import mix
-from beit_pretrain.data.sources import Digits, Source
-from beit_pretrain.data.transforms import EvalView, ImageBatch, OneView, PretrainBatch, TwoViews
+from beit_pretrain.data.sources import Digits
+from beit_pretrain.data.transforms import EvalView, ImageBatch, OneView, PretrainBatch
 from beit_pretrain.errors import ConfigError, DataError
-from beit_pretrain.masking import RandomMask
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 FORK = "ignore:This process .* is multi-threaded:DeprecationWarning"
@@ -36,63 +36,25 @@ QUIET = {
 }
 
 
-class Shades(Source):
-    """`count` pictures of noise in memory, with any labels and splits."""
-
-    def __init__(self, count: int, labels: Any = None, splits: dict[str, Any] | None = None) -> None:
-        noise = np.random.default_rng(0).integers(0, 256, (count, 3, 12, 10), dtype=np.uint8)
-        self.images = torch.from_numpy(noise)
-        self.labels = None if labels is None else np.asarray(labels)
-        self.splits = {name: np.asarray(indices) for name, indices in (splits or {}).items()}
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, index: int) -> Tensor:
-        return self.images[index]
-
-    def name(self, index: int) -> str:
-        return str(index)
-
-    def fingerprint(self) -> str:
-        return str(len(self))
-
-
-def _module(source: Source, **changes: Any) -> DataModule:
-    mask = RandomMask(grid=(2, 2), count=1)
-    views = TwoViews(image_size=(8, 8), token_image_size=(8, 8), mask=mask)
-    settings: dict[str, Any] = {
-        "views": views,
-        "eval_views": views,
-        "batch_size": 8,
-        "micro_batch_size": None,
-        "workers": 0,
-        "seed": 1,
-        "bad_log": None,
-    }
-    return DataModule(source=source, **(settings | changes))
-
-
-def _flat(batches: Any) -> list[tuple[Any, ...]]:
-    return [tuple(None if part is None else part.tolist() for part in batch) for batch in batches]
-
-
 def test_a_source_keeps_its_own_splits_and_gets_what_it_lacks() -> None:
     own = {"train": range(50), "val": range(50, 60), "test": range(60, 80)}
-    assert {k: len(v) for k, v in _module(Shades(80, splits=own)).splits.items()} == {
+    assert {k: len(v) for k, v in make_module(Shades(80, splits=own)).splits.items()} == {
         "train": 50,
         "val": 10,
         "test": 20,
     }
-    parts = _module(Shades(200, splits={"train": range(150), "test": range(150, 200)}), val_share=0.1).splits
+    parts = make_module(
+        Shades(200, splits={"train": range(150), "test": range(150, 200)}), val_share=0.1
+    ).splits
     assert {k: len(v) for k, v in parts.items()} == {"train": 135, "test": 50, "val": 15}
     assert np.array_equal(np.sort(np.concatenate([parts["train"], parts["val"]])), np.arange(150))
-    parts = _module(Shades(200)).splits
+    parts = make_module(Shades(200)).splits
     assert {k: len(v) for k, v in parts.items()} == {"train": 196, "val": 4}
-    assert set(_module(Shades(200), val_share=0.0).splits) == {"train"}
-    assert _module(Shades(200), val_share=0.0).val_dataloader() == []
+    assert set(make_module(Shades(200), val_share=0.0).splits) == {"train"}
+    assert make_module(Shades(200), val_share=0.0).val_dataloader() == []
     assert {
-        k: len(v) for k, v in _module(Shades(30, splits={"test": range(10)}), val_share=0.0).splits.items()
+        k: len(v)
+        for k, v in make_module(Shades(30, splits={"test": range(10)}), val_share=0.0).splits.items()
     } == {
         "test": 10,
         "train": 20,
@@ -101,11 +63,11 @@ def test_a_source_keeps_its_own_splits_and_gets_what_it_lacks() -> None:
 
 def test_held_out_samples_are_stratified_and_independent_of_the_seed() -> None:
     labels = np.repeat([0, 1], [300, 100])
-    parts = [_module(Shades(400, labels), val_share=0.1, seed=seed).splits for seed in (0, 1)]
+    parts = [make_module(Shades(400, labels), val_share=0.1, seed=seed).splits for seed in (0, 1)]
     assert np.array_equal(parts[0]["val"], parts[1]["val"])
     assert np.bincount(labels[parts[0]["val"]]).tolist() == [30, 10]
     # Without labels a place depends on the index alone: more images do not reshuffle the old ones.
-    small, large = (_module(Shades(n), val_share=0.2).splits["val"] for n in (100, 130))
+    small, large = (make_module(Shades(n), val_share=0.2).splits["val"] for n in (100, 130))
     assert len(set(small) - set(large)) <= 8
 
 
@@ -116,7 +78,7 @@ def test_a_plan_multiplies_to_the_global_batch_or_says_what_would(
     world: int, micro: int | None, batch: int
 ) -> None:
     divides = batch % (world * (micro or 1)) == 0
-    module = _module(Shades(100), batch_size=batch, micro_batch_size=micro)
+    module = make_module(Shades(100), batch_size=batch, micro_batch_size=micro)
     if divides:
         plan = module.plan(world)
         assert plan.world * plan.micro * plan.accumulate == batch and plan.world == world
@@ -131,50 +93,51 @@ def test_a_plan_multiplies_to_the_global_batch_or_says_what_would(
         for value in map(int, values.split(" or ")):
             fixed = {"batch": batch, "micro": micro, "world": world}
             fixed[{"batch_size": "batch", "micro_batch_size": "micro", "nodes": "world"}[name]] = value
-            good = _module(Shades(100), batch_size=fixed["batch"], micro_batch_size=fixed["micro"])
+            good = make_module(Shades(100), batch_size=fixed["batch"], micro_batch_size=fixed["micro"])
             assert good.plan(fixed["world"] or 1).world == fixed["world"]
 
 
 def test_the_nearest_good_values_are_named() -> None:
     with pytest.raises(ConfigError) as caught:
-        _module(Shades(300), batch_size=100, micro_batch_size=8).plan(4)
+        make_module(Shades(300), batch_size=100, micro_batch_size=8).plan(4)
     assert str(caught.value) == (
         "batch_size=100 (global) does not divide into 4 devices (trainer.devices x trainer.num_nodes) with "
         "micro_batch_size=8; set batch_size=96 or 128, or micro_batch_size=5 or 25"
     )
-    assert _module(Shades(300), batch_size=96, micro_batch_size=8).plan(4) == BatchPlan(4, 8, 3)
+    assert make_module(Shades(300), batch_size=96, micro_batch_size=8).plan(4) == BatchPlan(4, 8, 3)
 
 
 def test_impossible_numbers_are_refused_together() -> None:
+    wrong: dict[str, Any] = {"workers": -1, "val_share": 1.0, "max_bad": 2.0, "train_limit": 0, "repeats": 0}
     with pytest.raises(ConfigError) as caught:
-        _module(Shades(9), batch_size=0, micro_batch_size=0, workers=-1, val_share=1.0, max_bad=2.0)
-    keys = ["batch_size=0", "micro_batch_size=0", "data.workers=-1", "data.val_share=1.0", "data.max_bad=2.0"]
+        make_module(Shades(9), batch_size=0, micro_batch_size=0, **wrong)
+    keys = ["batch_size=0", "micro_batch_size=0", *(f"data.{key}={value}" for key, value in wrong.items())]
     assert [fault.split(":")[0] for fault in caught.value.faults] == keys
     with pytest.raises(
         ConfigError, match="batch_size=64 is more than the 49 training images; set batch_size to 49"
     ):
-        _ = _module(Shades(50), batch_size=64).steps_per_epoch
+        _ = make_module(Shades(50), batch_size=64).steps_per_epoch
 
 
 def test_an_epoch_has_whole_batches_only_or_as_many_as_were_asked_for() -> None:
-    assert _module(Shades(100), val_share=0.0).steps_per_epoch == 12
-    assert _module(Shades(100), val_share=0.0, limit_steps=5).steps_per_epoch == 5
-    assert _module(Shades(100), val_share=0.0, limit_steps=50).steps_per_epoch == 12
-    assert len(list(_module(Shades(100), limit_steps=2, micro_batch_size=4).train_dataloader())) == 4
+    assert make_module(Shades(100), val_share=0.0).steps_per_epoch == 12
+    assert make_module(Shades(100), val_share=0.0, limit_steps=5).steps_per_epoch == 5
+    assert make_module(Shades(100), val_share=0.0, limit_steps=50).steps_per_epoch == 12
+    assert len(list(make_module(Shades(100), limit_steps=2, micro_batch_size=4).train_dataloader())) == 4
 
 
 @pytest.mark.filterwarnings(FORK)
 def test_batches_do_not_depend_on_the_number_of_workers() -> None:
     runs = []
     for workers in (0, 2):
-        module = _module(Digits(), batch_size=128, micro_batch_size=64, workers=workers, limit_steps=3)
-        runs.append((_flat(module.train_dataloader()), _flat(module.val_dataloader())))
+        module = make_module(Digits(), batch_size=128, micro_batch_size=64, workers=workers, limit_steps=3)
+        runs.append((flat(module.train_dataloader()), flat(module.val_dataloader())))
     assert runs[0] == runs[1]
     assert len(runs[0][0]) == 6 and sum(len(batch[0]) for batch in runs[0][1]) == 280
 
 
 def test_loaders_leave_the_global_generator_alone() -> None:
-    module = _module(Shades(60, np.arange(60) % 3), val_share=0.2)
+    module = make_module(Shades(60, np.arange(60) % 3), val_share=0.2)
     before = torch.get_rng_state()
     for loader in (module.train_dataloader(), module.val_dataloader(), module.labelled("val", (8, 8), None)):
         assert loader is not None
@@ -183,9 +146,9 @@ def test_loaders_leave_the_global_generator_alone() -> None:
 
 
 def test_held_out_views_are_the_same_in_every_epoch_and_training_views_are_not() -> None:
-    module = _module(Shades(60), val_share=0.2)
-    assert _flat(module.val_dataloader()) == _flat(module.val_dataloader())
-    now = SimpleNamespace(global_step=0, global_rank=0, world_size=1, strategy=_Strategy())
+    module = make_module(Shades(60), val_share=0.2)
+    assert flat(module.val_dataloader()) == flat(module.val_dataloader())
+    now = SimpleNamespace(global_step=0, global_rank=0, world_size=1, strategy=Strategy())
     module.trainer = now  # pyright: ignore[reportAttributeAccessIssue]
     first = next(iter(module.train_dataloader()))
     now.global_step = module.steps_per_epoch
@@ -195,16 +158,12 @@ def test_held_out_views_are_the_same_in_every_epoch_and_training_views_are_not()
     assert first.sample.tolist() != second.sample.tolist()
 
 
-class _Strategy:
-    root_device = torch.device("cpu")
-
-
 def test_ranks_share_the_held_out_samples() -> None:
-    module = _module(Shades(60), val_share=0.25, batch_size=12)
+    module = make_module(Shades(60), val_share=0.25, batch_size=12)
     seen: list[int] = []
     for rank in range(3):
         module.trainer = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
-            global_step=0, global_rank=rank, world_size=3, strategy=_Strategy()
+            global_step=0, global_rank=rank, world_size=3, strategy=Strategy()
         )
         batches: Any = module.val_dataloader()
         seen += [sample for batch in batches for sample in batch.sample.tolist()]
@@ -213,7 +172,7 @@ def test_ranks_share_the_held_out_samples() -> None:
 
 def test_labelled_subsets_are_stratified_sorted_whole_and_leave_out_the_unknown() -> None:
     labels = np.tile([0, 0, 1, -1], 50)
-    module = _module(Shades(200, labels), val_share=0.0, batch_size=16)
+    module = make_module(Shades(200, labels), val_share=0.0, batch_size=16)
     loader = module.labelled("train", (8, 6), 30)
     assert loader is not None
     batches = list(loader)
@@ -227,8 +186,8 @@ def test_labelled_subsets_are_stratified_sorted_whole_and_leave_out_the_unknown(
     everything = module.labelled("train", (8, 6), None)
     assert everything is not None and sum(len(batch.label) for batch in everything) == 150
     assert module.labelled("test", (8, 6), 30) is None
-    assert _module(Shades(20)).labelled("train", (8, 8), None) is None
-    assert _module(Shades(20, np.full(20, -1))).labelled("train", (8, 8), None) is None
+    assert make_module(Shades(20)).labelled("train", (8, 8), None) is None
+    assert make_module(Shades(20, np.full(20, -1))).labelled("train", (8, 8), None) is None
 
 
 class Recorder(pl.LightningModule):
@@ -261,7 +220,7 @@ class Recorder(pl.LightningModule):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_that_goes_on_inside_an_epoch_sees_exactly_what_was_left(workers: int, tmp_path: Path) -> None:
     def fit(steps: int, checkpoint: Path | None) -> Recorder:
-        module = _module(Shades(60), batch_size=8, micro_batch_size=4, workers=workers, val_share=0.2)
+        module = make_module(Shades(60), batch_size=8, micro_batch_size=4, workers=workers, val_share=0.2)
         keep = ModelCheckpoint(
             tmp_path / str(checkpoint is None), every_n_train_steps=1, save_top_k=-1, filename="{step}"
         )
@@ -273,7 +232,7 @@ def test_a_run_that_goes_on_inside_an_epoch_sees_exactly_what_was_left(workers: 
     whole = fit(15, None)  # 6 steps an epoch: two epochs and a half
     assert [step for step, *_ in whole.seen] == [step for step in range(15) for _ in range(2)]
     assert [views[0] for _, _, views, _ in whole.seen] == [0] * 12 + [1] * 12 + [2] * 6
-    assert sorted(whole.held_out) == sorted(2 * _module(Shades(60), val_share=0.2).splits["val"].tolist())
+    assert sorted(whole.held_out) == sorted(2 * make_module(Shades(60), val_share=0.2).splits["val"].tolist())
     for position in (4, 6, 9) if workers == 0 else (9,):
         rest = fit(15, tmp_path / f"True/step={position}.ckpt")
         assert rest.seen == whole.seen[2 * position :]
@@ -316,6 +275,27 @@ def test_the_folder_configuration_builds_from_one_root_or_several(several: bool,
     root = [f"{tmp_path}/[0-4].png", f"{tmp_path}/[5-9].png"] if several else str(tmp_path)
     module = _assemble(_config("folder", root=root, workers=0))
     assert len(module.source) == 9 and len(next(iter(module.train_dataloader())).image) == 2
+
+
+@pytest.mark.parametrize("name", ["class_folders", "imagenet", "imagenet22k"])
+def test_the_configurations_of_class_folders_build(name: str, tmp_path: Path) -> None:
+    below = "" if name == "imagenet22k" else "train/"
+    for label in range(3):
+        for number in range(5):
+            path = tmp_path / f"{below}n{label}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (9, 8), (label, 0, 0)).save(path)
+    node = _config(name, root=str(tmp_path), workers=0)
+    if name != "class_folders":
+        expected = {"imagenet": "1000", "imagenet22k": "21841"}[name]
+        with pytest.raises(Exception, match=f"not the {expected} of data.source.classes"):
+            _assemble(node)
+        node["source"]["classes"] = None
+    module = _assemble(node | {"train_limit": 6, "repeats": 2})
+    assert module.class_names == ["n0", "n1", "n2"] and len(module.splits["val"]) == 1
+    batch = next(iter(module.train_dataloader()))
+    assert batch.label.tolist() == [int(value) for value in batch.image[:, 0, 0, 0]]
+    assert batch.view.tolist() == [0, 1] and len(batch.sample.unique()) == 1
 
 
 @pytest.mark.parametrize("name", ["torchvision", "huggingface"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,9 @@ LAYOUTS = [
 ]  # world, micro, accumulate
 
 
-def _batches(rank: int, layout: tuple[int, int, int], n: int, position: int, seed: int = 5) -> TrainBatches:
+def _batches(
+    rank: int, layout: tuple[int, int, int], n: int, position: int, seed: int = 5, repeats: int = 1
+) -> TrainBatches:
     world, micro, accumulate = layout
     size = world * micro * accumulate
     return TrainBatches(
@@ -40,6 +43,7 @@ def _batches(rank: int, layout: tuple[int, int, int], n: int, position: int, see
         seed=seed,
         steps_per_epoch=n // size,
         position=lambda: position,
+        repeats=repeats,
     )
 
 
@@ -152,6 +156,34 @@ def test_the_position_is_that_of_the_moment_when_an_iteration_begins() -> None:
     assert len(list(batches)) == 1
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("repeats", [2, 3, 5])
+def test_repeated_samples_stand_in_a_row_with_views_that_never_come_again(
+    layout: tuple[int, int, int], repeats: int
+) -> None:
+    world, micro, accumulate = layout
+    size = world * micro * accumulate
+    steps, seen = 67 // size, Counter()
+    for epoch in range(4):
+        per_rank = [list(_batches(rank, layout, 67, epoch * steps, repeats=repeats)) for rank in range(world)]
+        assert {len(batches) for batches in per_rank} == {steps * accumulate}  # an epoch keeps its steps
+        rows = [key for m in range(steps * accumulate) for rank in range(world) for key in per_rank[rank][m]]
+        order = 100 + epoch_order(67, 5, epoch)
+        assert [key.sample for key in rows] == np.repeat(order, repeats)[: len(rows)].tolist()
+        assert [key.epoch for key in rows] == [epoch * repeats + j % repeats for j in range(len(rows))]
+        seen.update(rows)
+    assert set(seen.values()) == {1}
+
+
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_a_restart_goes_on_in_the_middle_of_a_repeated_sample(repeats: int) -> None:
+    layout = (1, 5, 1)  # five rows a step: a sample's repeats fall into two steps
+    whole = list(_batches(0, layout, 67, 13, repeats=repeats))
+    for position in range(13):
+        rest = list(_batches(0, layout, 67, 13 + position, repeats=repeats))
+        assert rest == whole[position:]
+
+
 @pytest.mark.parametrize("n", [0, 1, 5, 16, 397])
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 @pytest.mark.parametrize("size", [1, 4, 64])
@@ -186,3 +218,58 @@ def test_a_choice_depends_on_the_indices_alone_and_larger_ones_contain_smaller_o
     assert set(small) < set(large)
     assert np.array_equal(small, choose(np.random.default_rng(0).permutation(indices), 50, 1))
     assert not np.array_equal(small, choose(indices, 50, 2))
+
+
+def _plain_choice(indices: Any, count: int, salt: int, labels: Any) -> list[int]:
+    """Largest remainders, class by class, written from the definition."""
+    sizes = Counter(labels[i] for i in indices)
+    count = min(count, len(indices))
+    exact = {label: count * size / len(indices) for label, size in sorted(sizes.items())}
+    seats = {label: int(share) for label, share in exact.items()}
+    for label in sorted(exact, key=lambda k: (seats[k] - exact[k], k))[: count - sum(seats.values())]:
+        seats[label] += 1
+    chosen: list[int] = []
+    for label, seat in seats.items():
+        chosen += sorted((i for i in indices if labels[i] == label), key=lambda i: mix(salt, i))[:seat]
+    return sorted(chosen)
+
+
+def test_a_choice_is_by_largest_remainder_and_by_hash_within_a_class() -> None:
+    rng = np.random.default_rng(0)
+    for trial in range(40):
+        labels = rng.integers(-1, 6, size=80)
+        indices = np.flatnonzero(rng.random(80) < 0.7)
+        count = int(rng.integers(0, 70))
+        assert choose(indices, count, trial, labels).tolist() == _plain_choice(
+            indices.tolist(), count, trial, labels.tolist()
+        )
+
+
+@pytest.mark.parametrize(("least", "spare"), [(1, 0), (0, 1), (1, 1), (3, 0), (0, 4)])
+def test_bounds_hold_for_every_class_and_the_rest_is_in_proportion(least: int, spare: int) -> None:
+    rng = np.random.default_rng(1)
+    for trial in range(60):
+        sizes = rng.integers(1, int(rng.choice([3, 20, 300])), size=int(rng.integers(1, 30)))
+        labels = np.repeat(np.arange(len(sizes)), sizes)
+        high = np.maximum(sizes - spare, 0)
+        low = np.minimum(least, high)
+        count = int(rng.integers(low.sum(), sizes.sum() + 1))
+        chosen = choose(np.arange(len(labels)), count, trial, labels, least=least, spare=spare)
+        seats = np.bincount(labels[chosen], minlength=len(sizes))
+        assert len(set(chosen.tolist())) == len(chosen) == min(count, high.sum())
+        assert (seats >= low).all() and (seats <= high).all()
+        free = (seats > low) & (seats < high)
+        slack = 1 / sizes[free]
+        shares = seats[free] / sizes[free]
+        assert (np.abs(shares[:, None] - shares) <= slack[:, None] + slack + 1e-9).all()
+
+
+def test_with_fewer_than_one_for_each_class_the_larger_classes_come_first() -> None:
+    labels = np.repeat([0, 1, 2, 3], [40, 1, 30, 1])
+    chosen = choose(np.arange(72), 2, 0, labels, least=1)
+    assert labels[chosen].tolist() == [0, 2]
+
+
+def test_many_classes_of_many_images_are_chosen_from_in_no_time() -> None:
+    labels = np.random.default_rng(0).integers(0, 20_000, size=500_000)
+    assert len(choose(np.arange(500_000), 50_000, 1, labels, least=1, spare=1)) == 50_000  # by class: minutes

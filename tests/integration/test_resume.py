@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from finetuning import SMALL_FINETUNE
 from running import SMALL_PRETRAIN, SMALL_TOKENIZER, assert_same_run, train, train_with_kills
 
 
@@ -36,6 +37,28 @@ def test_pretraining_killed_three_times_ends_bit_identical(tokenizer_run: Path, 
         tmp_path,
         kills=3,
         seed=1,
+    )
+
+
+def test_fine_tuning_killed_three_times_ends_bit_identical(pretrain_run: Path, tmp_path: Path) -> None:
+    """With all that draws or remembers: mixing, erasing, RandAugment, stochastic depth, repeats, a running average."""
+    _compare(
+        [
+            *SMALL_FINETUNE,
+            f"init_from={pretrain_run}",
+            "stage.epochs=3",
+            "stage.ema=0.9",
+            "stage.mixup=0.8",
+            "stage.cutmix=1.0",
+            "stage.erasing=0.5",
+            "stage.views.rand_augment=rand-m9-mstd0.5-inc1",
+            "data.repeats=2",
+            "data.workers=2",
+            "micro_batch_size=32",
+        ],
+        tmp_path,
+        kills=3,
+        seed=4,
     )
 
 

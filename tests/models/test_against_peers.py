@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from beit_pretrain.models import rel_pos
 from beit_pretrain.models.beit import Beit
-from beit_pretrain.models.heads import MIMHead
+from beit_pretrain.models.heads import ClassHead, MIMHead
 
 TOLERANCE = 1e-5  # of max(1, max |reference|)
 FAR = 10 * TOLERANCE  # the mildest mistake, tanh GELU, is off by 13 to 20 tolerances; we are by 0.05
@@ -126,6 +126,46 @@ def test_a_shared_table_gives_what_transformers_gives_and_any_mistake_would_show
     reference = twin(image, bool_masked_pos=mask).logits[mask]
     assert oracles.difference(head(encoder(image, mask), mask), reference) <= TOLERANCE
     assert_equal_and_mistakes_show(encoder, lambda: head(encoder(image, mask), mask), reference)
+
+
+@sizes
+@torch.no_grad()
+def test_the_classifier_gives_what_timm_and_transformers_give_and_any_mistake_would_show(size: Size) -> None:
+    encoder = build(size, rel_pos="per_layer", mask_token=False)
+    head = ClassHead(width=size.width, classes=37)
+    oracles.strengthen(head, seed=3)
+    image = pictures(size, 1)
+    for twin in (
+        oracles.timm_twin(encoder, size.image_size, head),
+        oracles.hugging_face_classifier(encoder, head, size.image_size),
+    ):
+        reference = twin(image)
+        reference = reference if isinstance(reference, Tensor) else reference.logits
+        assert oracles.difference(head(encoder(image)), reference) <= TOLERANCE
+        if size is SMALL:  # of the large one the encoder's tests above show it
+            assert_equal_and_mistakes_show(encoder, lambda: head(encoder(image)), reference)
+    with_cls = head.fc_norm(encoder(image).mean(1)) if head.fc_norm else None
+    assert with_cls is not None and oracles.difference(head.head(with_cls), reference) > FAR, (
+        "CLS in the mean"
+    )
+
+
+def test_the_gradients_of_a_step_are_those_of_timm() -> None:
+    """Smoothed cross-entropy on a non-square grid: every parameter, relative to the largest of its gradient."""
+    encoder = build(SMALL, rel_pos="per_layer", mask_token=False)
+    head = ClassHead(width=SMALL.width, classes=7)
+    oracles.strengthen(head, seed=3)
+    twin = oracles.timm_twin(encoder, SMALL.image_size, head)
+    image, label = pictures(SMALL, 5), torch.tensor([0, 3, 6, 3, 1])
+    for logits in (head(encoder(image)), twin(image)):
+        nn.functional.cross_entropy(logits, label, label_smoothing=0.1).backward()
+    ours = {**dict(encoder.named_parameters()), **dict(head.named_parameters())}
+    theirs = dict(twin.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, parameter in ours.items():
+        gradient, reference = parameter.grad, theirs[name].grad
+        assert gradient is not None and reference is not None, name
+        assert (gradient - reference).abs().max() <= 1e-4 * reference.abs().max(), name
 
 
 @torch.no_grad()

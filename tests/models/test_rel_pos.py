@@ -104,6 +104,7 @@ def test_under_autocast_the_bias_comes_in_the_lower_precision_and_the_gradient_d
         ((14, 14), (40, 40)),
         ((8, 14), (11, 24)),
         ((7, 12), (14, 16)),
+        ((8, 8), (12, 20)),
     ],
 )
 def test_growing_equals_the_published_geometric_series_with_a_cubic_spline(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from beit_pretrain.errors import BeitError
-from beit_pretrain.report import make_report
+from beit_pretrain.report import make_chain_report, make_report
 from beit_pretrain.report.folder import read_run, read_series
 from beit_pretrain.report.words import compact, duration, percent, plain, whole
 
@@ -60,13 +60,13 @@ def test_an_empty_folder_still_has_a_report(tmp_path: Path) -> None:
     assert f"<h1>{tmp_path.name}</h1>" in page and "<section" not in page
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "knn"])
+@pytest.mark.parametrize("stage", ["pretrain", "knn", "classify", "probe"])
 def test_any_key_of_the_results_may_be_missing(make_run, stage: str) -> None:
     run = make_run(stage=stage)
     results = json.loads((run / "results.json").read_text())
     shorter = [{**results, key: None} for key in results]
     shorter += [{other: results[other] for other in results if other != key} for key in results]
-    for outer in ("knn", "baseline", "metrics"):
+    for outer in ("knn", "baseline", "metrics", "classification", "init_from", "probe"):
         for key in results.get(outer, {}):
             inner = {other: value for other, value in results[outer].items() if other != key}
             shorter.append({**results, outer: inner})
@@ -77,6 +77,7 @@ def test_any_key_of_the_results_may_be_missing(make_run, stage: str) -> None:
     for content in shorter:
         (run / "results.json").write_text(json.dumps(content))
         make_report(run)
+        make_chain_report(run.parent, [("first", run), ("second", run)])
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,12 @@ def test_any_key_of_the_results_may_be_missing(make_run, stage: str) -> None:
         ("results.json", "[1, 2]", r"results\.json should hold a mapping, got list"),
         ("results.json", '{"knn": [1]}', r"results\.json: 'knn' should be a mapping, got \[1\]"),
         ("results.json", '{"knn": {"blocks": 3}}', r"'blocks' should be a list, got 3"),
-        ("results.json", '{"knn": {"blocks": [3]}}', r"each of 'knn\.blocks' should be a mapping, got 3"),
+        ("results.json", '{"knn": {"blocks": [3]}}', r"each of 'blocks' should be a mapping, got 3"),
+        ("results.json", '{"probe": {"rows": [3]}}', r"each of 'rows' should be a mapping, got 3"),
+        ("results.json", '{"probe": {"best": 3}}', r"'best' should be a mapping, got 3"),
+        ("results.json", '{"probe": {"rows": [{"lr": "x"}]}}', r"'lr' should be a number, got 'x'"),
+        ("results.json", '{"init_from": "path"}', r"'init_from' should be a mapping, got 'path'"),
+        ("results.json", '{"init_from": {"report": "x"}}', r"'report' should be a list, got 'x'"),
         ("results.json", '{"steps": "many"}', r"'steps' should be a number, got 'many'"),
         ("results.json", '{"steps": true}', r"'steps' should be a number, got True"),
         ("results.json", '{"recipe_diff": ["model"]}', r"\[key, recipe, this run\], got 'model'"),

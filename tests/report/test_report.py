@@ -53,7 +53,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "pretrain", "knn"])
+@pytest.mark.parametrize("stage", ["tokenizer", "pretrain", "knn", "classify", "probe"])
 def test_a_page_holds_everything_it_shows(make_run, stage: str) -> None:
     run = make_run(stage=stage)
     path = make_report(run)
@@ -160,6 +160,10 @@ def test_text_from_files_is_never_markup(make_run) -> None:
     knn = {"accuracy": 0.9, "remark": EVIL, "blocks": [{"block": 0, "val": 0.9}]}
     results = {"name": EVIL, "stage": EVIL, "status": EVIL, "command": EVIL, "knn": knn}
     results |= {"recipe_diff": [[EVIL, EVIL, [EVIL]]], "environment": {EVIL: EVIL}}
+    counted = {"support": [2, 1], "correct": [1, 1], "confusion": [[1, 1], [0, 1]]}
+    results |= {"classification": {"classes": [EVIL, EVIL], **counted}}
+    results |= {"init_from": {"path": EVIL, "report": [EVIL]}}
+    results |= {"probe": {"rows": [{"block": 0, "pooling": EVIL, "val": 0.5}], "accuracy": 0.5}}
     run = make_run(folder="evil", results=results)
     (run / "config.yaml").write_text(f"name: {json.dumps(EVIL)}\n")
     (run / "metrics.csv").write_text("step,train/loss,<script>,knn/block_<b>\n1,2,3,4\n2,2,3,4\n")
@@ -168,7 +172,7 @@ def test_text_from_files_is_never_markup(make_run) -> None:
         assert "<script" not in path.read_text() and "<img src=x" not in path.read_text()
         assert page.words.count(EVIL) >= 3
         assert not page.all("script") and len(page.all("h1")) == 1
-    assert unescape(make_report(run).read_text()).count(EVIL) >= 9
+    assert unescape(make_report(run).read_text()).count(EVIL) >= 18
 
 
 def test_pictures_are_the_files_own_bytes_while_small(make_run) -> None:
@@ -248,7 +252,7 @@ def test_a_chain_shows_its_links_and_its_headline(make_run, tmp_path: Path) -> N
     links = [
         (name, make_run(name=name, stage=name, folder=name)) for name in ("tokenizer", "pretrain", "knn")
     ]
-    odd = make_run(name="odd", stage="probe", folder="a b#c%", sheets=0, results={"status": "stopped"})
+    odd = make_run(name="odd", stage="segment", folder="a b#c%", sheets=0, results={"status": "stopped"})
     links.append(("odd", odd))
     for _, run in links:
         make_report(run)
@@ -262,7 +266,7 @@ def test_a_chain_shows_its_links_and_its_headline(make_run, tmp_path: Path) -> N
         "pretrain masked image modelling finished held-out loss 2.451, held-out accuracy 36.9% 2 min 12 s"
         in words
     )
-    assert "odd linear probe stopped" in words and "later not started" in words
+    assert "odd segmentation stopped" in words and "later not started" in words
     targets = [folder / unquote(link["href"] or "") for link in page.all("a")]
     assert targets == [run / "report.html" for _, run in links]
     assert page.all("a")[-1]["href"] == "a%20b%23c%25/report.html"  # relative: the folder may be moved

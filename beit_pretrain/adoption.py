@@ -1,0 +1,131 @@
+"""What a configuration takes over from the checkpoints it starts from, which describe themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from beit_pretrain.errors import ConfigError
+from beit_pretrain.wording import pair
+
+# Decided by whoever starts the program, or by where a checkpoint lies; never taken over from a checkpoint.
+NOT_ADOPTED = {"checkpoint", "cache", "offline"}
+# What of an encoder is in its weights; the rest (drop path, kernel, kind of tables) is up to the stage.
+SHAPE = ("name", "patch_size", "width", "depth", "heads", "mlp_ratio", "layer_scale", "abs_pos", "init_std")
+
+
+def adopt_checkpoints(cfg: DictConfig, explicit: Mapping[str, str]) -> None:
+    """Take over, in place, what `tokenizer.checkpoint` and `init_from` decide; `explicit` is what the user set.
+
+    Raises ConfigError where the two contradict each other.
+    """
+    if cfg.stage.name == "pretrain" and cfg.tokenizer.get("checkpoint"):
+        key = "tokenizer.checkpoint"
+        saved = _config_of(cfg.tokenizer.checkpoint, key)
+        _raise_if(_adopt(cfg, "tokenizer", saved, explicit, key))
+    if cfg.init_from and cfg.stage.name in ("knn", "probe"):
+        _adopt_frozen(cfg, explicit)
+    elif cfg.init_from and cfg.stage.name == "classify":
+        _adopt_tuned(cfg, explicit)
+
+
+def _adopt_frozen(cfg: DictConfig, explicit: Mapping[str, str]) -> None:
+    """An encoder that is used as it is: its shape, the size and the scale of its pixels."""
+    key = "init_from"
+    saved = _config_of(cfg.init_from, key)
+    faults = _adopt(cfg, "model", saved, explicit, key)
+    given = {k: OmegaConf.select(cfg, k) for k in explicit if k.startswith("data.normalize")}
+    if "image_size" in explicit:
+        given["image_size"] = pair(cfg.image_size)
+    cfg.image_size = pair(saved["image_size"])
+    cfg.data.normalize = saved["data"]["normalize"]
+    _raise_if(faults + _disagreement(cfg, given, explicit, key))
+
+
+def _adopt_tuned(cfg: DictConfig, explicit: Mapping[str, str]) -> None:
+    """An encoder that is fine-tuned, or scored with its head: its shape, and its image size if no other is asked for.
+
+    A recipe says for itself what it is for; the checks then compare the two.
+    """
+    if cfg.mode != "evaluate" and "experiment" in explicit:
+        return
+    key = "init_from"
+    saved = _config_of(cfg.init_from, key)
+    if "model" not in saved:
+        return  # no encoder: the checks name it
+    faults = _other_choice("model", saved, explicit, key)
+    decided = [f"model.{name}" for name in SHAPE]
+    if cfg.mode == "evaluate":
+        decided += ["model.rel_pos"]
+        decided += ["stage.pooling"] if saved["stage"]["name"] == "classify" else []
+        _adopt_pixels(cfg, saved, explicit)
+    elif saved["model"]["rel_pos"] == "none" and "model.rel_pos" not in explicit:
+        cfg.model.rel_pos = "none"
+    if "image_size" not in explicit:
+        cfg.image_size = pair(saved["image_size"])
+    given = {k: OmegaConf.select(cfg, k) for k in explicit if k in decided}
+    theirs = OmegaConf.create(saved)
+    for name in decided:
+        OmegaConf.update(cfg, name, OmegaConf.select(theirs, name))
+    _raise_if(faults + _disagreement(cfg, given, explicit, key))
+
+
+def _adopt_pixels(cfg: DictConfig, saved: dict[str, Any], explicit: Mapping[str, str]) -> None:
+    """Scale and crop of the images that a classifier was scored on so far, where the user asks for no other."""
+    for name in ("mean", "std"):
+        if not {"data.normalize", f"data.normalize.{name}"} & explicit.keys():
+            cfg.data.normalize[name] = saved["data"]["normalize"][name]
+    if saved["stage"]["name"] == "classify" and "stage.eval_views.crop_pct" not in explicit:
+        cfg.stage.eval_views.crop_pct = saved["stage"]["eval_views"]["crop_pct"]
+
+
+def _raise_if(faults: Sequence[str]) -> None:
+    if faults:
+        raise ConfigError(faults)
+
+
+def _config_of(path: str, key: str) -> dict[str, Any]:
+    from beit_pretrain.checkpoint import (
+        record,
+    )  # brings torch, which --help and a mistyped key need not wait for
+
+    return record.read(Path(path), key=key)["beit_pretrain"]["config"]
+
+
+def _adopt(
+    cfg: DictConfig, node: str, saved: dict[str, Any], explicit: Mapping[str, str], key: str
+) -> list[str]:
+    """Replace a node by the checkpoint's; returns where it disagrees with what the user set by hand."""
+    if node not in saved:
+        return [f"{key}: the checkpoint's configuration has no {node}"]
+    faults = _other_choice(node, saved, explicit, key)
+    own = {k: v for k, v in cfg[node].items() if k in NOT_ADOPTED}
+    given = {k: OmegaConf.select(cfg, k) for k in explicit if k.startswith(f"{node}.")}
+    # Not key by key: what only the default choice has would be left in.
+    cfg[node] = {**{k: v for k, v in saved[node].items() if k not in NOT_ADOPTED}, **own}
+    return faults + _disagreement(cfg, given, explicit, key)
+
+
+def _other_choice(node: str, saved: dict[str, Any], explicit: Mapping[str, str], key: str) -> list[str]:
+    """The fault of a choice that the user made by hand and that is not the checkpoint's."""
+    if node not in explicit or explicit[node] == saved[node].get("name"):
+        return []
+    return [f"{node}={explicit[node]}, but {key} was made with {saved[node].get('name')}: leave {node}= out"]
+
+
+def _disagreement(cfg: DictConfig, given: dict[str, Any], explicit: Mapping[str, str], key: str) -> list[str]:
+    """Values that the user set by hand and the checkpoint knows better."""
+    faults = []
+    for name, value in given.items():
+        adopted = OmegaConf.select(cfg, name)
+        # [32, 32] from a checkpoint is the 32 that a user types.
+        if value != adopted and not (OmegaConf.is_list(adopted) and pair_or_none(value) == list(adopted)):
+            faults.append(f"{name}={explicit[name]}, but {key} was made with {adopted}: leave {name} out")
+    return faults
+
+
+def pair_or_none(size: Any) -> list[int] | None:
+    return pair(size) if isinstance(size, int) else None

@@ -1,0 +1,183 @@
+"""What a run starts from: whether `init_from` and `tokenizer.checkpoint` can give it, and putting it in."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from beit_pretrain.checkpoint import files, record
+from beit_pretrain.checkpoint.adapt import Layout, Report, adapt, class_difference
+from beit_pretrain.errors import CheckpointError
+from beit_pretrain.stages.base import Stage
+from beit_pretrain.wording import bracket, pair, show
+
+# What two encoders must have in common for the weights of one to fit into the other.
+SHAPES = ("patch_size", "width", "depth", "heads", "mlp_ratio", "abs_pos")
+WEIGHTS = ("raw", "ema")
+AVERAGE = "ema.module."  # where a checkpoint keeps the running average of its weights
+
+Faults = Iterator[str]
+
+
+def start_faults(cfg: DictConfig, explicit: Collection[str]) -> Faults:
+    """What is wrong with the checkpoints of a configuration, before anything is built."""
+    stage = cfg.stage.name
+    scores = {
+        "stage=knn": stage == "knn",
+        "stage=probe": stage == "probe",
+        "mode=evaluate": cfg.mode == "evaluate",
+    }
+    if not cfg.init_from and (asked := next((a for a, given in scores.items() if given), None)):
+        yield f"{asked} needs weights to score: set init_from to a run folder or a checkpoint"
+    if stage == "probe" and cfg.mode == "evaluate":
+        yield "stage=probe trains its classifiers and has nothing to evaluate without: leave mode=evaluate out"
+    if stage == "pretrain" and untrained(cfg):
+        yield (
+            "tokenizer.checkpoint is not given, and this tokenizer has no weights of its own: train one with "
+            "stage=tokenizer and set tokenizer.checkpoint to its run folder, or set tokenizer=dalle"
+        )
+    elif stage == "pretrain" and "checkpoint" in cfg.tokenizer:
+        yield from _read("tokenizer.checkpoint", cfg.tokenizer.checkpoint, "tokenizer")[1]
+    if cfg.init_from:
+        part = "tokenizer" if stage == "tokenizer" else "encoder"
+        if stage == "classify" and cfg.mode == "evaluate":
+            part = "head.head"
+        saved, faults = _read("init_from", cfg.init_from, part)
+        yield from faults
+        if saved and stage != "tokenizer":
+            yield from _agrees(cfg, saved, explicit)
+
+
+def untrained(cfg: DictConfig) -> bool:
+    return "checkpoint" in cfg.tokenizer and not cfg.tokenizer.checkpoint
+
+
+def _read(key: str, path: str, part: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """What a checkpoint says about itself, or None and why it cannot give this part."""
+    try:
+        checkpoint = record.read(Path(path), key=key)
+    except CheckpointError as error:
+        return None, [str(error)]
+    try:
+        record.part(checkpoint, part, key=f"{key}={path}")
+    except CheckpointError as error:
+        needed = {"tokenizer": "tokenizer", "head.head": "classify"}.get(part, "pretrain")
+        return None, [f"{error}: set {key} to a run of stage={needed}"]
+    return checkpoint["beit_pretrain"], []
+
+
+def _agrees(cfg: DictConfig, saved: dict[str, Any], explicit: Collection[str]) -> Faults:
+    """What the encoder of `init_from` was made for: pixels of this scale, an encoder of this shape."""
+    then = {name: [float(v) for v in saved["preprocessing"][name]] for name in ("mean", "std")}
+    now = {name: [float(v) for v in cfg.data.normalize[name]] for name in ("mean", "std")}
+    # Fine-tuning gets used to other pixels, at a price; whoever sets them by hand has thought of it.
+    on_purpose = cfg.stage.name == "classify" and any(key.startswith("data.normalize") for key in explicit)
+    if then != now and not on_purpose:
+        values = [f"'data.normalize.{n}={bracket(then[n])}'" for n in then if then[n] != now[n]]
+        yield (
+            f"init_from={cfg.init_from} saw images normalised with mean {bracket(then['mean'])} and std "
+            f"{bracket(then['std'])}, here they are {bracket(now['mean'])} and {bracket(now['std'])}: "
+            f"set {' '.join(values)}"
+        )
+    model = OmegaConf.to_container(cfg.model, resolve=True)
+    before = saved["config"]["model"]
+    assert isinstance(model, dict)
+    other = [key for key in SHAPES if model.get(key) != before.get(key)]
+    if bool(model.get("layer_scale")) != bool(before.get("layer_scale")):
+        other.append("layer_scale")
+    tables = before.get("rel_pos"), model.get("rel_pos")
+    if tables == ("per_layer", "shared"):
+        yield (
+            f"init_from={cfg.init_from} has a relative position table for each block, which cannot become the one "
+            "that model.rel_pos=shared asks for: start from a pre-training run"
+        )
+    elif tables[0] != tables[1] and tables != ("shared", "per_layer"):
+        other.append("rel_pos")
+    if other:
+        pairs = ", ".join(f"model.{key}={show(model.get(key))} ({show(before.get(key))})" for key in other)
+        yield (
+            f"init_from={cfg.init_from} holds another encoder than this one; here (there): {pairs}: "
+            f"set model={before.get('name')} and what else is different as there"
+        )
+
+
+# --- putting it in ------------------------------------------------------------------------------------------
+
+
+def load_weights(stage: Stage, cfg: DictConfig, classes: Sequence[str] | None) -> tuple[str, Report | None]:
+    """Put the weights of `init_from` into the stage; returns the file's hash and what became of each key.
+
+    Encoders are adapted to another grid and from one shared table to one per block. A tokenizer that goes on, and
+    a pre-training that is only scored (with what it counted on the way), must fit as they are: no account then.
+    """
+    path = Path(cfg.init_from)
+    saved = record.read(path, key="init_from")
+    digest = files.sha256(files.resolve(path, key="init_from"))
+    evaluate = cfg.mode == "evaluate"
+    if cfg.stage.name == "tokenizer" or (cfg.stage.name == "pretrain" and evaluate):
+        names = {name.split(".")[0] for name, _ in stage.trained_parameters()}
+        names.update(stage.statistics if evaluate else ())
+        for name in sorted(names):
+            load_strictly(getattr(stage, name), record.part(saved, name, key="init_from"), "init_from")
+        return digest, None
+    parts = ("encoder",) if "encoder" in stage.frozen else ("encoder", "head")
+    about = saved["beit_pretrain"]
+    state, report = adapt(
+        _weights(saved, parts, cfg.init_weights),
+        {name: value for name, value in stage.state_dict().items() if name.split(".")[0] in parts},
+        source=Layout(grid=_grid(about["config"]), classes=_classes(about)),
+        target=Layout(grid=cast(Any, stage).encoder.grid, classes=classes),
+    )
+    if evaluate and (difference := class_difference(_classes(about), classes or ())):
+        raise CheckpointError(
+            f"init_from={path} tells other classes apart than data={cfg.data.name} has ({difference}): evaluate on "
+            "images of the same classes"
+        )
+    for part in parts:
+        own = {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}
+        load_strictly(getattr(stage, part), own, "init_from")
+    return digest, report
+
+
+def _weights(saved: Mapping[str, Any], parts: Sequence[str], which: str) -> dict[str, Tensor]:
+    """The parts' weights under the names of the stage, or their running average."""
+    prefix = AVERAGE if which == "ema" else ""
+    state = {
+        name.removeprefix(prefix): value
+        for name, value in saved["state_dict"].items()
+        if name.startswith(tuple(f"{prefix}{part}." for part in parts))
+    }
+    if not state:
+        raise CheckpointError(
+            "init_weights=ema, but the checkpoint of init_from keeps no running average: set init_weights=raw"
+        )
+    return state
+
+
+def _grid(config: Mapping[str, Any]) -> tuple[int, int]:
+    rows, columns = (side // config["model"]["patch_size"] for side in pair(config["image_size"]))
+    return rows, columns
+
+
+def _classes(about: Mapping[str, Any]) -> list[str] | None:
+    """Names of the classes that a checkpoint's head tells apart, if it has such a head."""
+    return about["preprocessing"]["class_names"] if about["config"]["stage"]["name"] == "classify" else None
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], key: str) -> None:
+    """`load_state_dict`, with every key that does not fit named in one line."""
+    own = module.state_dict()
+    faults = [f"{name} is missing" for name in own.keys() - state.keys()]
+    faults += [f"{name} has no place" for name in state.keys() - own.keys()]
+    faults += [
+        f"{name} is {tuple(state[name].shape)}, needed {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    if faults:
+        raise CheckpointError(f"{key}: the weights do not fit: {'; '.join(sorted(faults))}")
+    module.load_state_dict(state)

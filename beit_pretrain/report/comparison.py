@@ -1,0 +1,171 @@
+"""The links of a chain side by side: probes, kNN and fine-tuning, on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import cycle, product
+from typing import NamedTuple
+
+from beit_pretrain.report import classification, probing
+from beit_pretrain.report.classification import SPLITS, Score
+from beit_pretrain.report.curves import DASHES, Chart, Line
+from beit_pretrain.report.folder import Run, records
+from beit_pretrain.report.intervals import difference
+from beit_pretrain.report.parts import Bar
+from beit_pretrain.report.words import percent, whole
+
+COLOURS = ("training", "heldout", "third", "fourth")
+
+
+class Entry(NamedTuple):
+    """One way to use an encoder and how far it got."""
+
+    label: str
+    note: str
+    score: Score
+    kind: str  # "pre-trained", "scratch", or "reference": neither
+
+
+class Comparison(NamedTuple):
+    """What a chain's page sets side by side."""
+
+    bars: list[Bar]
+    measured: str  # on which images, and what the intervals mean
+    sentences: list[str]
+    chart: Chart | None
+
+
+def compare(runs: Sequence[tuple[str, Run]]) -> Comparison | None:
+    """All accuracies of the links `runs` (name, run); None if there are no two that bear on each other."""
+    entries = [entry for name, run in runs for entry in _entries(name, run)]
+    tuned = [(name, run, found) for name, run in runs if (found := _tuned(run)) is not None]
+    if sum(entry.kind != "reference" for entry in entries) < 2:
+        return None
+    splits = {entry.score.split for entry in entries}
+    bars = []
+    for label, note, score, kind in entries:
+        where = f"{SPLITS[score.split]} images"
+        note = note if len(splits) == 1 else ", ".join(part for part in (note, where) if part)
+        bars.append(Bar(label, score.share, kind == "pre-trained", note, score.span))
+    return Comparison(bars, _measured(entries), _sentences(tuned), while_training(runs))
+
+
+def while_training(runs: Sequence[tuple[str, Run]]) -> Chart | None:
+    """Held-out top-1 over the steps, a line for each link that was fine-tuned."""
+    known = [(name, run.metrics["val/top1"]) for name, run in runs if "val/top1" in run.metrics]
+    known = [(name, series) for name, series in known if len(series.finite().value) > 1]
+    looks = cycle((colour, dash) for dash, colour in product(DASHES, COLOURS))
+    lines = [
+        Line(label=name, series=series, colour=colour, dash=dash, markers=True)
+        for (name, series), (colour, dash) in zip(known, looks, strict=False)
+    ]
+    if len(lines) < 2:
+        return None
+    return Chart(title="Held-out top-1 while training", lines=lines, percent=True)
+
+
+def _entries(name: str, run: Run) -> Iterator[Entry]:
+    probe, tuned = probing.score(run), _tuned(run)
+    if probe is not None:
+        yield Entry(
+            "Linear probe", f"{name}: frozen encoder, {probing.best_words(run)}", probe, "pre-trained"
+        )
+        pixels = probing.pixels(run)
+        if pixels is not None:
+            yield Entry(
+                "Linear, raw pixels", f"{name}: no encoder", probe._replace(share=pixels), "reference"
+            )
+    yield from _knn(name, run)
+    if tuned is not None:
+        yield Entry(name, _training(run), tuned, "pre-trained" if _started(run) else "scratch")
+
+
+def _knn(name: str, run: Run) -> Iterator[Entry]:
+    """kNN on the encoder's features, on those of an untrained one, and on raw pixels."""
+    blocks = records(run.section("knn"), "blocks", run.path / "results.json")
+    split = "test" if any("test" in block for block in blocks) else "val"
+    at = run.number("knn", "best_block")
+    frozen = "frozen encoder" if at is None else f"frozen encoder, block {at:.0f}"
+    for key, label, note, kind in (
+        ("accuracy", "kNN", frozen, "pre-trained"),
+        ("untrained", "kNN, untrained encoder", "random weights", "reference"),
+        ("pixels", "kNN, raw pixels", "no encoder", "reference"),
+    ):
+        share = run.number("knn", key)
+        if share is not None:
+            score = Score(share, split, run.number("knn", "images"))
+            yield Entry(label, f"{name}: {note}", score, kind)
+
+
+def _tuned(run: Run) -> Score | None:
+    return classification.score(run) if run.stage == "classify" else None
+
+
+def _started(run: Run) -> bool:
+    """Whether a fine-tuning run began with another's weights."""
+    return bool(run.section("init_from"))
+
+
+def _training(run: Run) -> str:
+    """What a fine-tuning run had to learn from."""
+    said = [] if "init_from" not in run.results else ["pre-trained" if _started(run) else "from scratch"]
+    images, steps = run.number("train_images"), run.number("steps")
+    said += [] if images is None else [f"{whole(images)} training images"]
+    said += [] if steps is None else [f"{whole(steps)} steps"]
+    if classification.text(run.section("classification"), "weights") == "ema":
+        said.append("averaged weights")
+    return ", ".join(said)
+
+
+def _measured(entries: Sequence[Entry]) -> str:
+    """On which images, and what the intervals leave out."""
+    splits = {entry.score.split for entry in entries}
+    images = {entry.score.images for entry in entries}
+    said = ""
+    if len(splits) == 1:
+        count = images.pop() if len(images) == 1 else None
+        said = f"Accuracy on {'' if count is None else f'the {whole(count)} '}{SPLITS[splits.pop()]} images. "
+    if any(entry.score.span for entry in entries):
+        said += (
+            "Lines: 95% interval of the images' chance alone (Wilson); another seed of training adds to it. "
+        )
+    return f"{said}Blue: with pre-trained weights."
+
+
+def _sentences(tuned: Sequence[tuple[str, Run, Score]]) -> list[str]:
+    """Each fine-tuned link against each that was trained from scratch, on the same images."""
+    ours = [entry for entry in tuned if _started(entry[1])]
+    scratch = [entry for entry in tuned if "init_from" in entry[1].results and not _started(entry[1])]
+    pairs = [(a, b) for a, b in product(ours, scratch) if a[2].split == b[2].split]
+    return [_sentence(a, b, named=len(pairs) > 1) for a, b in pairs]
+
+
+def _sentence(one: tuple[str, Run, Score], other: tuple[str, Run, Score], *, named: bool) -> str:
+    (name, run, score), (other_name, other_run, other_score) = one, other
+    labels, steps = run.number("train_images"), run.number("steps")
+    same = labels is not None and steps is not None
+    same = same and (labels, steps) == (other_run.number("train_images"), other_run.number("steps"))
+    said = f"Fine-tuned from pre-training{f' ({name})' if named else ''}"
+    if not same and _effort(run):
+        said += f", {_effort(run)}"
+    said += f": {percent(score.share)}, from scratch{f' ({other_name})' if named else ''}"
+    if same:
+        said += f" with the same {whole(labels or 0)} labels and steps"
+    elif _effort(other_run):
+        said += f", {_effort(other_run)}"
+    said += f": {percent(other_score.share)}"
+    if not score.images or not other_score.images:
+        return f"{said}."
+    gap = score.share - other_score.share
+    low, high = difference(score.share, other_score.share, (score.images, other_score.images))
+    said += (
+        f" ({whole(score.images)} {SPLITS[score.split]} images). The difference is {100 * gap:+.1f} points"
+    )
+    said += f" (95%: {100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{said}." if low > 0 or high < 0 else f"{said}, too little to tell with so few images."
+
+
+def _effort(run: Run) -> str:
+    labels, steps = run.number("train_images"), run.number("steps")
+    said = [] if labels is None else [f"{whole(labels)} labels"]
+    return " and ".join([*said, *([] if steps is None else [f"{whole(steps)} steps"])])

@@ -1,0 +1,108 @@
+"""A fine-tuning takes the encoder's shape from the checkpoint that it starts from or scores."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from classifiers import save_classifier
+from runs import DIGITS_TOKENIZER, pretrain, save_run
+
+from beit_pretrain.compose import compose
+from beit_pretrain.errors import ConfigError
+
+CLASSIFY = ["stage=classify", "data=digits"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def pretrained(folder: Path) -> Path:
+    tokenizer = save_run(folder / "tok", DIGITS_TOKENIZER)
+    shape = ["model.width=24", "model.depth=2", "model.mlp_ratio=2.0", "model.drop_path=0.3"]
+    return save_run(folder / "pre", [*pretrain(tokenizer), *shape])
+
+
+@pytest.fixture(scope="module")
+def tuned(folder: Path) -> Path:
+    grey = ["data.normalize.mean=[0.1,0.1,0.1]", "stage.eval_views.crop_pct=0.95", "stage.pooling=cls"]
+    return save_classifier(folder / "tuned", *grey, "image_size=[32,40]")
+
+
+def test_fine_tuning_takes_over_the_shape_and_the_size_but_nothing_of_pre_training(pretrained: Path) -> None:
+    cfg = compose([*CLASSIFY, f"init_from={pretrained}"])
+    shape = {key: cfg.model[key] for key in ("name", "patch_size", "width", "depth", "heads", "mlp_ratio")}
+    assert shape == {
+        "name": "micro",
+        "patch_size": 4,
+        "width": 24,
+        "depth": 2,
+        "heads": 3,
+        "mlp_ratio": 2.0,
+    }
+    assert (cfg.model.layer_scale, cfg.model.abs_pos, cfg.model.init_std) == (0.0, True, 0.1)
+    assert cfg.image_size == [32, 32] and cfg.stage.views.image_size == [32, 32]
+    # How it is trained is the fine-tuning's own affair.
+    assert (cfg.model.drop_path, cfg.model.rel_pos, cfg.model.mask_token) == (0.1, "per_layer", False)
+
+
+def test_another_resolution_may_be_asked_for(pretrained: Path) -> None:
+    cfg = compose([*CLASSIFY, f"init_from={pretrained}", "image_size=48", "model.width=24", "model=micro"])
+    assert cfg.image_size == 48 and cfg.model.image_size == [48, 48]
+
+
+def test_an_encoder_without_tables_gets_none(folder: Path, pretrained: Path) -> None:
+    plain = save_run(folder / "plain", [*pretrain(folder / "tok"), "model.rel_pos=none"])
+    assert compose([*CLASSIFY, f"init_from={plain}"]).model.rel_pos == "none"
+    chosen = compose([*CLASSIFY, f"init_from={plain}", "model.rel_pos=per_layer"])
+    assert chosen.model.rel_pos == "per_layer"  # the checks name it
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model=base", "model=base, but init_from was made with micro: leave model= out"),
+        (
+            "model.depth=4",
+            "model.depth=4, but init_from was made with 2: leave model.depth out",
+        ),
+    ],
+)
+def test_another_shape_is_refused(pretrained: Path, override: str, says: str) -> None:
+    for mode in ("fit", "evaluate"):
+        with pytest.raises(ConfigError, match=f"^{re.escape(says)}$"):
+            compose([*CLASSIFY, f"init_from={pretrained}", override, f"mode={mode}"])
+
+
+def test_a_recipe_says_for_itself_what_it_is_for(pretrained: Path) -> None:
+    cfg = compose(["stage=classify", "experiment=digits_finetune", f"init_from={pretrained}"])
+    assert (cfg.model.width, cfg.model.depth, cfg.image_size) == (96, 4, 32)
+
+
+def test_what_is_scored_is_scored_as_it_was_trained(tuned: Path) -> None:
+    """Pooling, tables, pixels and crop too, with a recipe and without one."""
+    for more in ([], ["experiment=digits_finetune"]):
+        cfg = compose(["stage=classify", "data=digits", f"init_from={tuned}", "mode=evaluate", *more])
+        assert (cfg.model.width, cfg.model.rel_pos, cfg.stage.pooling) == (24, "per_layer", "cls")
+        assert cfg.image_size == [32, 40] and cfg.stage.eval_views.crop_pct == 0.95
+        assert cfg.data.normalize.mean == [0.1, 0.1, 0.1] and cfg.stage.normalize.mean == [0.1, 0.1, 0.1]
+
+
+def test_a_score_at_another_size_and_crop_and_of_other_pixels_may_be_asked_for(tuned: Path) -> None:
+    own = ["image_size=48", "stage.eval_views.crop_pct=0.5", "data.normalize.std=[0.2,0.2,0.2]"]
+    cfg = compose([*CLASSIFY, f"init_from={tuned}", "mode=evaluate", *own])
+    assert cfg.stage.eval_views.image_size == [48, 48] and cfg.stage.eval_views.crop_pct == 0.5
+    assert cfg.data.normalize == {"mean": [0.1, 0.1, 0.1], "std": [0.2, 0.2, 0.2]}
+
+
+def test_a_score_is_of_the_head_and_the_tables_that_are_there(tuned: Path) -> None:
+    for key, other, own in (("stage.pooling", "mean", "cls"), ("model.rel_pos", "shared", "per_layer")):
+        says = f"^{key}={other}, but init_from was made with {own}: leave {key} out$"
+        with pytest.raises(ConfigError, match=says):
+            compose([*CLASSIFY, f"init_from={tuned}", "mode=evaluate", f"{key}={other}"])
+    # Trained on, the pooling may change: the norm is then left as initialised.
+    assert compose([*CLASSIFY, f"init_from={tuned}", "stage.pooling=mean"]).stage.pooling == "mean"
