@@ -205,10 +205,6 @@ def _grids(cfg: DictConfig) -> Faults:
     )
 
 
-def _untrained(cfg: DictConfig) -> bool:
-    return "checkpoint" in cfg.tokenizer and not cfg.tokenizer.checkpoint
-
-
 def _indivisible(key: str, sides: Sequence[int], name: str, unit: int) -> list[str]:
     if not any(side % unit for side in sides):
         return []
@@ -238,8 +234,8 @@ def _mixing(cfg: DictConfig) -> Faults:
         share = cfg.batch_size // (count * cfg.trainer.num_nodes)
     if share is not None and is_whole(share, 1) and share % 2:
         yield (
-            f"stage.mixup and stage.cutmix mix images in pairs, but a device takes {share} at a time: set "
-            "micro_batch_size to an even number"
+            f"stage.mixup and stage.cutmix mix images in pairs, but a device takes {share} at a time: set batch_size "
+            "or micro_batch_size so that it takes an even number"
         )
 
 

@@ -112,7 +112,9 @@ def default_name(cfg: DictConfig) -> str | None:
     if cfg.stage is None:
         return None
     model = cfg.tokenizer.name if cfg.stage.get("name") == "tokenizer" else cfg.model.name
-    return f"{cfg.stage.get('name')}-{cfg.data.name}-{model}"
+    # A score must not take the folder of the training it is a score of.
+    score = "evaluate-" if cfg.mode == "evaluate" else ""
+    return f"{score}{cfg.stage.get('name')}-{cfg.data.name}-{model}"
 
 
 def explicit_keys(overrides: Sequence[str]) -> dict[str, str]:

@@ -54,12 +54,13 @@ def device_faults(cfg: DictConfig) -> Iterator[str]:
 
 
 def batch_faults(cfg: DictConfig) -> Iterator[str]:
+    if cfg.stage.name == "knn" or cfg.mode == "evaluate":
+        return  # passes without an update have a size of their own
     batch, micro, nodes = cfg.batch_size, cfg.micro_batch_size, cfg.trainer.num_nodes
     here = devices(cfg) if cfg.trainer.accelerator in ACCELERATORS else None
     if not here or not all(is_whole(n, 1) for n in (batch, nodes, 1 if micro is None else micro)):
         return
-    # kNN is measured by one process, whatever there is.
-    world = 1 if cfg.stage.name == "knn" else here * nodes
+    world = here * nodes
     unit = world * (micro or 1)
     if batch % unit:
         advice = [f"batch_size={either(nearest(batch, unit))}"]
@@ -71,7 +72,7 @@ def batch_faults(cfg: DictConfig) -> Iterator[str]:
             f"batch_size={batch} (over all devices) is no multiple of {world} devices (trainer.devices x "
             f"trainer.num_nodes){times} = {unit}: set {', or '.join(advice)}"
         )
-    if cfg.data.name == "digits" and cfg.stage.name != "knn" and batch > DIGITS_TO_TRAIN:
+    if cfg.data.name == "digits" and batch > DIGITS_TO_TRAIN:
         yield (
             f"batch_size={batch} is more than the {DIGITS_TO_TRAIN} training images of data=digits: "
             f"set batch_size={DIGITS_TO_TRAIN // unit * unit or unit} or less, such as 64"

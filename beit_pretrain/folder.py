@@ -136,12 +136,18 @@ class RunFolder:
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object = None, *_: object) -> None:
         self._stop.set()
+        if kind is not None and {item.name for item in self.path.iterdir()} <= {"config.yaml", ".lock"}:
+            # It failed before it made anything: the folder would only be in the way of the next try.
+            self.config_file.unlink(missing_ok=True)
         # Not the lock of one that took a stalled run's folder over.
         with suppress(FileNotFoundError):
             if self.lock_file.read_text() == self._mine:
                 self.lock_file.unlink()
+        if kind is not None:
+            with suppress(OSError):  # not empty
+                self.path.rmdir()
 
     def _take_lock(self) -> None:
         me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}

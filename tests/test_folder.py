@@ -286,3 +286,14 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"file/run cannot be written .*: set runs or name"):
         RunFolder(tmp_path / "file" / "run").__enter__()
+
+
+def test_a_start_that_failed_at_once_leaves_nothing(tmp_path: Path) -> None:
+    for made in ((), ("metrics.csv",)):
+        with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "run") as folder:
+            folder.write_config({"seed": 1})
+            for name in made:
+                (folder.path / name).touch()
+            _ = 1 / 0
+        left = sorted(p.name for p in (tmp_path / "run").iterdir()) if (tmp_path / "run").exists() else []
+        assert left == (["config.yaml", "metrics.csv"] if made else [])

@@ -142,8 +142,9 @@ class Stage(LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        self.steps_per_epoch = data.steps_per_epoch
         self.batch_size = data.batch_size
+        if stage == "fit":
+            self.steps_per_epoch = data.steps_per_epoch
 
     def normalize(self, image: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) to the encoder's input."""

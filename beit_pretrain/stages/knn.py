@@ -76,12 +76,14 @@ class Knn:
         ]
         best = max(rows, key=lambda row: row["val"])["block"]
         result: dict[str, Any] = {"blocks": rows, "best_block": best, "accuracy": rows[best]["val"]}
+        result["images"] = len(val_labels)
         if "test" in features:
             test, test_labels = features["test"]
             labels = torch.cat([train_labels, val_labels])
             for i, row in enumerate(rows):
                 row["test"] = accuracy((torch.cat([train[i], val[i]]), labels), (test[i], test_labels))
             result["accuracy"] = rows[best]["test"]
+            result["images"] = len(test_labels)
         return result
 
 

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from beit_pretrain.build import build_stage
+from beit_pretrain.build import SUPERVISED, build_stage
 from beit_pretrain.checkpoint import files
 from beit_pretrain.errors import CheckpointError
 from beit_pretrain.stages.base import step_seed
@@ -22,7 +22,12 @@ def replay(path: Path) -> int:
     if "batches" not in saved:
         raise CheckpointError(f"{path} is no kept step: give a file of a run's bad_steps folder")
     cfg = DictConfig(saved["beit_pretrain"]["config"])
-    stage = build_stage(cfg)
+    if cfg.stage.name == "probe":
+        raise CheckpointError(
+            f"{path} is a step of linear classifiers, whose frozen encoder is not in the file"
+        )
+    names = saved["beit_pretrain"]["preprocessing"]["class_names"]
+    stage = build_stage(cfg, names if cfg.stage.name in SUPERVISED else None)
     own = stage.state_dict()
     stage.load_state_dict({**own, **saved["state_dict"]})
     stage.train()

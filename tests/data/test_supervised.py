@@ -134,3 +134,14 @@ def test_views_may_be_set_once_the_classes_are_known() -> None:
     assert next(iter(module.train_dataloader())).image.shape == (8, 3, 6, 8)
     loader: Any = module.val_dataloader()
     assert next(iter(loader)).image.shape[1:] == (3, 4, 10)
+
+
+def test_a_last_run_trains_on_what_was_held_out() -> None:
+    chosen, last = (
+        make_module(Digits(), labelled=True),
+        make_module(Digits(), labelled=True, train_on_val=True),
+    )
+    assert "val" not in last.splits and last.val_dataloader() == []
+    both = np.union1d(chosen.splits["train"], chosen.splits["val"])
+    assert len(both) == 1400 and np.array_equal(last.splits["train"], both)
+    assert np.array_equal(last.splits["test"], chosen.splits["test"])

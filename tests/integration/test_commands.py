@@ -19,9 +19,13 @@ SMALL_CHAIN = [
     "links.tokenizer.tokenizer.vocab_size=32",
     "links.tokenizer.tokenizer.hidden=16",
     "links.tokenizer.stage.epochs=1",
-    "links.pretrain.model.width=24",
-    "links.pretrain.model.depth=2",
+    "model.width=24",
+    "model.depth=2",
     "links.pretrain.stage.epochs=1",
+    "links.probe.stage.epochs=1",
+    "links.finetune.stage.epochs=1",
+    "links.scratch.stage.epochs=1",
+    "stage.optim.warmup_epochs=0",
     "trainer.accelerator=cpu",
     "logger=csv",
 ]
@@ -41,27 +45,33 @@ def chain_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_a_chain_hands_its_weights_on_and_reports(chain_run: tuple[Path, str]) -> None:
     folder, output = chain_run
     chain = folder / "runs" / "quickstart"
-    assert "[3/3] knn" in output and "report: runs/quickstart/report.html" in output
+    assert "[5/5] scratch" in output and "report: runs/quickstart/report.html" in output
     results = json.loads((chain / "results.json").read_text())
-    assert list(results["links"]) == ["tokenizer", "pretrain", "knn"]
-    assert set(results["knn"]) >= {"accuracy", "untrained", "pixels", "best_block", "blocks"}
+    assert list(results["links"]) == ["tokenizer", "pretrain", "probe", "finetune", "scratch"]
+    for link, starts in (("finetune", True), ("scratch", False)):
+        done = json.loads((chain / link / "results.json").read_text())
+        assert done["train_images"] == 200 and (done["init_from"] is not None) == starts
+        assert results["links"][link]["test/top1"] == done["metrics"]["test/top1"]
+    assert "copied into each block" in output  # what became of the weights
     config = yaml.safe_load((chain / "pretrain" / "config.yaml").read_text())
     assert config["tokenizer"]["vocab_size"] == 32  # taken over from the link before
     assert config["model"]["width"] == 24
-    assert "kNN" in (chain / "report.html").read_text()
+    page = (chain / "report.html").read_text()
+    assert "kNN" in page and "from scratch" in page
 
 
 def test_an_interrupted_chain_goes_on_at_the_unfinished_link(chain_run: tuple[Path, str]) -> None:
     folder, _ = chain_run
     chain = folder / "runs" / "quickstart"
     stamps = {
-        name: (chain / name / "results.json").stat().st_mtime_ns for name in ("tokenizer", "pretrain", "knn")
+        name: (chain / name / "results.json").stat().st_mtime_ns
+        for name in ("tokenizer", "pretrain", "finetune")
     }
-    (chain / "knn" / "results.json").unlink()
+    (chain / "finetune" / "results.json").unlink()
     train([*SMALL_CHAIN], folder)
     now = {name: (chain / name / "results.json").stat().st_mtime_ns for name in stamps}
     assert now["tokenizer"] == stamps["tokenizer"] and now["pretrain"] == stamps["pretrain"]
-    assert now["knn"] > stamps["knn"]
+    assert now["finetune"] > stamps["finetune"]
 
 
 def test_a_chain_can_be_looked_at_before_anything_is_there(tmp_path: Path) -> None:
@@ -86,13 +96,13 @@ def test_a_mistake_in_a_chain_shows_before_it_runs(override: str, message: str, 
     assert "Traceback" not in output and not (tmp_path / "runs").exists()
 
 
-def test_knn_after_the_fact_is_the_link_of_the_chain(chain_run: tuple[Path, str]) -> None:
+def test_knn_after_the_fact_is_that_beside_the_probe(chain_run: tuple[Path, str]) -> None:
     folder, _ = chain_run
     done = tools(["knn", "runs/quickstart/pretrain", "data=digits", "name=after", "logger=csv"], folder)
     assert done.returncode == 0, done.stderr
     after, link = (
         json.loads((folder / "runs" / name / "results.json").read_text())["knn"]
-        for name in ("after", "quickstart/knn")
+        for name in ("after", "quickstart/probe")
     )
     assert after == link
 

@@ -8,6 +8,19 @@ import pytest
 from finetuning import SMALL_FINETUNE
 from running import SMALL_PRETRAIN, SMALL_TOKENIZER, assert_same_run, train, train_with_kills
 
+# With all that draws or remembers.
+FINETUNE = [
+    *SMALL_FINETUNE,
+    "stage.ema=0.9",
+    "stage.mixup=0.8",
+    "stage.cutmix=1.0",
+    "stage.erasing=0.5",
+    "stage.views.rand_augment=rand-m9-mstd0.5-inc1",
+    "data.repeats=2",
+    "data.workers=2",
+    "micro_batch_size=32",
+]
+
 
 def _record(run: Path) -> list[str]:
     return [
@@ -41,25 +54,7 @@ def test_pretraining_killed_three_times_ends_bit_identical(tokenizer_run: Path, 
 
 
 def test_fine_tuning_killed_three_times_ends_bit_identical(pretrain_run: Path, tmp_path: Path) -> None:
-    """With all that draws or remembers: mixing, erasing, RandAugment, stochastic depth, repeats, a running average."""
-    _compare(
-        [
-            *SMALL_FINETUNE,
-            f"init_from={pretrain_run}",
-            "stage.epochs=3",
-            "stage.ema=0.9",
-            "stage.mixup=0.8",
-            "stage.cutmix=1.0",
-            "stage.erasing=0.5",
-            "stage.views.rand_augment=rand-m9-mstd0.5-inc1",
-            "data.repeats=2",
-            "data.workers=2",
-            "micro_batch_size=32",
-        ],
-        tmp_path,
-        kills=3,
-        seed=4,
-    )
+    _compare([*FINETUNE, f"init_from={pretrain_run}", "stage.epochs=3"], tmp_path, kills=3, seed=4)
 
 
 def test_a_tokenizer_killed_three_times_ends_bit_identical(tmp_path: Path) -> None:
@@ -67,14 +62,14 @@ def test_a_tokenizer_killed_three_times_ends_bit_identical(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "workers"), [("tokenizer", 2), ("pretrain", 0)])
+@pytest.mark.parametrize(("stage", "workers"), [("tokenizer", 2), ("pretrain", 0), ("classify", 0)])
 def test_a_run_killed_ten_times_ends_bit_identical(
-    stage: str, workers: int, tokenizer_run: Path, tmp_path: Path
+    stage: str, workers: int, tokenizer_run: Path, pretrain_run: Path, tmp_path: Path
 ) -> None:
-    base = (
-        SMALL_TOKENIZER
-        if stage == "tokenizer"
-        else [*SMALL_PRETRAIN, f"tokenizer.checkpoint={tokenizer_run}"]
-    )
+    base = {
+        "tokenizer": SMALL_TOKENIZER,
+        "pretrain": [*SMALL_PRETRAIN, f"tokenizer.checkpoint={tokenizer_run}"],
+        "classify": [*FINETUNE, f"init_from={pretrain_run}"],
+    }[stage]
     extra = ["stage.epochs=12", f"data.workers={workers}", "micro_batch_size=32"]
     _compare([*base, *extra], tmp_path, kills=10, seed=3 + workers)

@@ -57,7 +57,9 @@ def test_classes_are_read_off_the_normed_mean_of_the_patches_or_the_normed_cls_t
     for parameter in head.parameters():
         nn.init.normal_(parameter)
     tokens = 1e-3 * torch.randn(3, 7, 8)  # small, so that the norm's eps counts
-    pooled = torch.stack([tokens[:, n] for n in range(1, 7)]).sum(0) / 6 if pooling == "mean" else tokens[:, 0]
+    pooled = (
+        torch.stack([tokens[:, n] for n in range(1, 7)]).sum(0) / 6 if pooling == "mean" else tokens[:, 0]
+    )
     expected = normalised(pooled, norm) @ head.head.weight.T + head.head.bias
     torch.testing.assert_close(head(tokens), expected)
     names = ["fc_norm" if pooling == "mean" else "norm", "head"]

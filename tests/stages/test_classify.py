@@ -153,7 +153,7 @@ def test_mixing_needs_pairs() -> None:
     for change in ("stage.mixup=0.8", "stage.cutmix=1.0"):
         check(compose([*base, change]))
         odd = [*base, change, "micro_batch_size=25"]
-        says = "stage.mixup and stage.cutmix mix images in pairs, but a device takes 25 at a time: set micro_batch"
+        says = "stage.mixup and stage.cutmix mix images in pairs, but a device takes 25 at a time: set batch_size"
         with pytest.raises(ConfigError, match=says):
             check(compose(odd))
         with pytest.raises(ConfigError, match="takes 25 at a time"):

@@ -12,10 +12,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from stages.probing import KNOWN_WARNINGS, LRS, Slopes, data_of, encoder, fit, probe, recipe, weights
 
+from beit_pretrain.build import make
+from beit_pretrain.compose import compose
 from beit_pretrain.data.sources import Digits
 from beit_pretrain.data.transforms import EvalView
 from beit_pretrain.errors import CheckpointError, ConfigError, DataError
-from beit_pretrain.models.probes import Classifier, pooled_row
+from beit_pretrain.models.probes import Classifier, ProbeBank, pooled_row
+from beit_pretrain.optim import Recipe, learning_rate
 from beit_pretrain.stages.probe import Score
 
 pytestmark = pytest.mark.filterwarnings(*KNOWN_WARNINGS)
@@ -209,7 +212,9 @@ def test_a_finished_run_still_knows_its_scores(tmp_path: Path) -> None:
     fit(again, data_of(again), tmp_path / "end.ckpt")
     assert again.results() == stage.results() != {}
     renamed = probe(tmp_path, classes=["up", "down", "flat"])
-    with pytest.raises(CheckpointError, match=r"the classes are not those .*the same classes in another order"):
+    with pytest.raises(
+        CheckpointError, match=r"the classes are not those .*the same classes in another order"
+    ):
         fit(renamed, data_of(renamed), tmp_path / "end.ckpt")
     other = probe(tmp_path, encoder=encoder(seed=5))
     with pytest.raises(CheckpointError, match="the encoder's weights"):
@@ -274,3 +279,25 @@ def test_without_validation_images_there_is_nothing_to_choose_on(tmp_path: Path)
     stage = probe(tmp_path)
     with pytest.raises(DataError, match=r"these data have none: set data.val_share above 0"):
         fit(stage, data_of(stage, Slopes(held_out=False)))
+
+
+# --- the published recipe -----------------------------------------------------------------------------------
+
+
+def test_the_recipe_is_that_of_the_published_linear_probe() -> None:
+    """One classifier per block on CLS and mean; AdamW, lr 4e-3 at batch 1024, decay 1e-4, cosine to 0, 100 epochs."""
+    cfg = compose(["stage=probe", "experiment=probe_1k", "data.root=images"])
+    rule: Recipe = make(cfg.stage.optim)
+    steps = 1_281_167 // 1024
+    total = 100 * steps
+    assert (cfg.batch_size, cfg.stage.epochs, steps) == (1024, 100, 1251)
+    # Half of the cosine is done halfway, a quarter of its fall (1 - cos 60 degrees) / 2 after a third.
+    points = [learning_rate(rule, step, steps, total) for step in (0, total // 3, total // 2, total - 1)]
+    assert points == pytest.approx([4e-3, 3e-3, 2e-3, 0.0], abs=1e-9)
+    assert rule.weight_decay == 1e-4 and rule.betas == (0.9, 0.999) and rule.clip is None
+    assert cfg.stage.poolings == ["both"] and list(cfg.stage.lrs) == [4e-3] and cfg.stage.augment
+    assert cfg.stage.views.crop_scale == [0.08, 1.0] and cfg.stage.views.flip == 0.5
+    torch.manual_seed(0)
+    bank = ProbeBank(width=768, depth=1, classes=100, lrs=[4e-3], poolings=["both"], pixels=0, heads=None)
+    spread = torch.cat([p.flatten() for n, p in bank.named_parameters() if n.endswith("weight")]).std()
+    assert spread.item() == pytest.approx(0.01, rel=0.02)
