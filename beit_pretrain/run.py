@@ -122,7 +122,7 @@ def _train(cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> Result
         results["train_images"] = len(data.splits["train"])
         start = None if report is None else {"path": str(cfg.init_from), "report": report.lines()}
         results["init_from"] = start
-    if cfg.stage.name == "probe":
+    if cfg.stage.name == "probe" and rank_zero_only.rank == 0:
         beside = _knn(cfg, cfg.stage.knn)
         results["knn"] = beside["knn"]
         results["metrics"] = {**beside["metrics"], **results["metrics"]}

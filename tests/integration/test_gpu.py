@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from finetuning import SMALL_FINETUNE
 from running import SMALL_PRETRAIN, train
 
 from beit_pretrain.models.blocks import attend
@@ -36,6 +37,16 @@ def test_the_cuda_kernel_and_its_bias_gradient_agree_with_float64() -> None:
 def test_a_gpu_follows_the_cpu(precision: str, tokenizer_run: Path, tmp_path: Path) -> None:
     same = [o for o in SMALL_PRETRAIN if not o.startswith("trainer.accelerator")]
     same += [f"tokenizer.checkpoint={tokenizer_run}", "stage.log_every=1", "model.drop_path=0.0"]
+    train([*same, "name=cpu", "trainer.accelerator=cpu"], tmp_path)
+    train([*same, "name=gpu", "trainer.accelerator=gpu", f"trainer.precision={precision}"], tmp_path)
+    expected, found = losses(tmp_path / "runs" / "cpu"), losses(tmp_path / "runs" / "gpu")
+    assert found == pytest.approx(expected, rel=1e-3 if precision == "32" else 0.03)
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed", "16-mixed"])
+def test_fine_tuning_on_a_gpu_follows_the_cpu(precision: str, tmp_path: Path) -> None:
+    same = [o for o in SMALL_FINETUNE if not o.startswith("trainer.accelerator")]
+    same += ["stage.log_every=1", "model.drop_path=0.0", "stage.ema=0.9", "stage.mixup=0.8", "stage.cutmix=1.0"]
     train([*same, "name=cpu", "trainer.accelerator=cpu"], tmp_path)
     train([*same, "name=gpu", "trainer.accelerator=gpu", f"trainer.precision={precision}"], tmp_path)
     expected, found = losses(tmp_path / "runs" / "cpu"), losses(tmp_path / "runs" / "gpu")
