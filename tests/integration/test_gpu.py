@@ -46,7 +46,13 @@ def test_a_gpu_follows_the_cpu(precision: str, tokenizer_run: Path, tmp_path: Pa
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed", "16-mixed"])
 def test_fine_tuning_on_a_gpu_follows_the_cpu(precision: str, tmp_path: Path) -> None:
     same = [o for o in SMALL_FINETUNE if not o.startswith("trainer.accelerator")]
-    same += ["stage.log_every=1", "model.drop_path=0.0", "stage.ema=0.9", "stage.mixup=0.8", "stage.cutmix=1.0"]
+    same += [
+        "stage.log_every=1",
+        "model.drop_path=0.0",
+        "stage.ema=0.9",
+        "stage.mixup=0.8",
+        "stage.cutmix=1.0",
+    ]
     train([*same, "name=cpu", "trainer.accelerator=cpu"], tmp_path)
     train([*same, "name=gpu", "trainer.accelerator=gpu", f"trainer.precision={precision}"], tmp_path)
     expected, found = losses(tmp_path / "runs" / "cpu"), losses(tmp_path / "runs" / "gpu")
