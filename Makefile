@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= 2 # test files at a time, one thread each
 
 .PHONY: quickstart test test-slow check format bench clean
 
@@ -9,7 +10,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/beit-train chain=quickstart
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest -m "not gpu and not slurm and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu and not slurm and not slow"
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/pytest -m "slow and not gpu and not slurm"

@@ -162,7 +162,11 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_good_checkpoint(tmp_pa
 
 
 def test_a_second_writer_is_refused_and_ctrl_c_can_be_taken_up_again(tmp_path: Path) -> None:
-    arguments = [*SMALL_TOKENIZER, "name=tok", "stage.epochs=40"]
+    arguments = [
+        *SMALL_TOKENIZER,
+        "name=tok",
+        "stage.epochs=4000",
+    ]  # longer than the second one takes to start
     first = start(arguments, tmp_path)
     checkpoints = tmp_path / "runs" / "tok" / "checkpoints"
     try:
