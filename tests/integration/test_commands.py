@@ -167,7 +167,10 @@ def test_a_second_writer_is_refused_and_ctrl_c_can_be_taken_up_again(tmp_path: P
         "name=tok",
         "stage.epochs=4000",
     ]  # longer than the second one takes to start
+    # Where the tests run in a shell's background, Ctrl-C is ignored, and a child would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     first = start(arguments, tmp_path)
+    signal.signal(signal.SIGINT, before)
     checkpoints = tmp_path / "runs" / "tok" / "checkpoints"
     try:
         while not checkpoints.exists() and first.poll() is None:
@@ -178,6 +181,7 @@ def test_a_second_writer_is_refused_and_ctrl_c_can_be_taken_up_again(tmp_path: P
         output, _ = first.communicate(timeout=60)
     finally:
         first.kill()
+        first.wait()
     assert first.returncode == 130, output
     assert "the same command goes on" in output and "Traceback" not in output
     assert not (tmp_path / "runs" / "tok" / ".lock").exists()
