@@ -209,7 +209,8 @@ def class_difference(then: Sequence[str] | None, now: Sequence[str]) -> str:
     """How the classes of a checkpoint differ from those of the data, in a few words; nothing if they do not."""
     if then is None or list(then) == list(now):
         return ""
-    lost, new = [n for n in then if n not in set(now)], [n for n in now if n not in set(then)]
+    known, here = set(then), set(now)
+    lost, new = [n for n in then if n not in here], [n for n in now if n not in known]
     if not lost and not new:
         return "the same classes in another order"
     only = [f"only {where} {_summary(names)}" for where, names in (("there:", lost), ("here:", new)) if names]

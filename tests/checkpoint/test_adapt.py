@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,14 @@ def test_differences_between_classes_are_named() -> None:
     assert class_difference(PETS, ["cat", "dog", "fish"]) == (
         "4 classes there, 3 here; only there: hamster, parrot; only here: fish"
     )
+
+
+def test_as_many_classes_as_imagenet_has_are_compared_at_once() -> None:
+    names = [f"n{i:08d}" for i in range(21_841)]
+    began = time.process_time()
+    assert class_difference(names, names[::-1]) == "the same classes in another order"
+    assert class_difference(names, names[1:]).endswith("only there: n00000000")
+    assert time.process_time() - began < 1
 
 
 MEASURE = """
