@@ -249,13 +249,14 @@ class MaskedScore:
 class ClassScore:
     """Loss, top-1, top-5, and what was taken for what, over all held-out images of all ranks.
 
-    `confusion` counts (true, predicted) pairs for up to `confusion_classes` classes; above that nobody could read
-    it, and only the diagonal is kept, as `correct`.
+    `confusion` is the table of (true, predicted) pairs for up to `confusion_classes` classes; above that nobody could
+    read it. The most frequent mistakes are known for up to `pair_classes`; above that the pairs are too many to count.
     """
 
-    def __init__(self, classes: int, confusion_classes: int = 100) -> None:
+    def __init__(self, classes: int, confusion_classes: int = 100, pair_classes: int = 1000) -> None:
         self.classes = classes
         self.full = classes <= confusion_classes
+        self.counts_pairs = self.full or classes <= pair_classes
         self.reset()
 
     def reset(self) -> None:
@@ -263,7 +264,7 @@ class ClassScore:
         self._sums = torch.zeros(4, dtype=torch.float64)  # loss, top-1, top-5, images
         self._support = torch.zeros(self.classes, dtype=torch.int64)  # (C,)
         self._correct = torch.zeros(self.classes, dtype=torch.int64)  # (C,)
-        self._pairs = torch.zeros(self.classes**2 if self.full else 0, dtype=torch.int64)  # (C * C,)
+        self._pairs = torch.zeros(self.classes**2 if self.counts_pairs else 0, dtype=torch.int64)  # (C * C,)
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
@@ -278,7 +279,7 @@ class ClassScore:
         labels, predicted = labels.cpu(), best[:, 0].cpu()
         self._support += labels.bincount(minlength=self.classes)
         self._correct += labels[labels == predicted].bincount(minlength=self.classes)
-        if self.full:
+        if self.counts_pairs:
             self._pairs += (labels * self.classes + predicted).bincount(minlength=self.classes**2)
 
     def result(self) -> dict[str, Any]:
@@ -299,6 +300,14 @@ class ClassScore:
             "correct": sum_over_ranks(self._correct).tolist(),
             "confusion": pairs,
         }
+
+    def mistakes(self, most: int = 20) -> list[list[int]]:
+        """The most frequent mistakes, each [true class, predicted class, images]; all ranks must ask."""
+        if not self.counts_pairs:
+            return []
+        wrong = sum_over_ranks(self._pairs).clone().view(self.classes, -1).fill_diagonal_(0).flatten()
+        places = wrong.argsort(descending=True, stable=True)[:most].tolist()
+        return [[*divmod(place, self.classes), int(wrong[place])] for place in places if wrong[place]]
 
 
 def _ratio_error(images: float, x: float, n: float, xx: float, xn: float, nn: float) -> float:

@@ -290,7 +290,10 @@ def test_classes_are_scored_as_by_scikit_learn_and_torchmetrics() -> None:
 
 
 def test_logits_in_half_precision_are_scored_in_single() -> None:
-    logits, labels = torch.randn(64, CLASSES).bfloat16(), torch.randint(CLASSES, (64,))
+    generator = torch.Generator().manual_seed(4)
+    # No two logits of an image are equal: which of them comes first would be anybody's choice.
+    logits = torch.stack([torch.randperm(CLASSES, generator=generator) / 4 for _ in range(64)]).bfloat16()
+    labels = torch.randint(CLASSES, (64,), generator=generator)
     score = ClassScore(CLASSES)
     score.update(logits, labels)
     assert score.result() == expected_classes([(logits.float(), labels)])
@@ -310,6 +313,11 @@ def test_many_classes_are_scored_without_a_table_of_pairs() -> None:
         score.update(*batch)
         few.update(*batch)
     assert score.result() == {**few.result(), "confusion": None}
+    table = few.result()["confusion"]
+    wrong = {(t, p): n for t, row in enumerate(table) for p, n in enumerate(row) if n and t != p}
+    found = {(t, p): n for t, p, n in score.mistakes(most=CLASSES**2)}
+    assert found == wrong and [n for _, _, n in score.mistakes()] == sorted(wrong.values())[::-1][:20]
+    assert ClassScore(CLASSES, confusion_classes=1, pair_classes=2).mistakes() == []
 
 
 def test_counts_and_scores_of_two_ranks_are_those_of_one_process(tmp_path: Path) -> None:

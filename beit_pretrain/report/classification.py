@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +39,9 @@ class Classes:
     support: np.ndarray
     correct: np.ndarray
     confusion: np.ndarray | None
+    mistakes: list[np.ndarray] = field(
+        default_factory=list
+    )  # (true, taken, images), where there is no whole table
 
 
 def score(run: Run, weights: str = "", metric: str = "top1") -> Score | None:
@@ -106,7 +109,16 @@ def read_classes(run: Run) -> Classes | None:
                 f"{source}: each row of 'confusion' should have {len(support)} counts: mend or move the file away"
             )
         confusion = np.stack([counts(line, "confusion", source) for line in lines])
-    return Classes(names=names, support=support, correct=correct, confusion=confusion)
+    mistakes = []
+    for line in rows(section, "mistakes", source):
+        found = counts(line if isinstance(line, list) else [line], "mistakes", source)
+        if len(found) != 3 or max(found[:2]) >= len(support):
+            raise BeitError(
+                f"{source}: each of 'mistakes' should be [true class, predicted class, images], got {line!r}: "
+                "mend or move the file away"
+            )
+        mistakes.append(found)
+    return Classes(names=names, support=support, correct=correct, confusion=confusion, mistakes=mistakes)
 
 
 def summary(run: Run, classes: Classes) -> str:
@@ -146,16 +158,18 @@ def class_rows(classes: Classes) -> list[list[str]]:
 def confusions(classes: Classes) -> list[str]:
     """The most frequent mistakes in words, at most `CONFUSIONS`."""
     if classes.confusion is None:
-        return []
+        return [_mistake(classes, *(int(n) for n in line)) for line in classes.mistakes[:CONFUSIONS]]
     wrong = classes.confusion.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSIONS]
     pairs = [divmod(int(place), len(wrong)) for place in order]
     return [
-        f"{classes.names[true]} taken for {classes.names[taken]}: {_times(int(wrong[true, taken]))}"
-        for true, taken in pairs
-        if wrong[true, taken]
+        _mistake(classes, true, taken, int(wrong[true, taken])) for true, taken in pairs if wrong[true, taken]
     ]
+
+
+def _mistake(classes: Classes, true: int, taken: int, count: int) -> str:
+    return f"{classes.names[true]} taken for {classes.names[taken]}: {_times(count)}"
 
 
 def _times(count: int) -> str:

@@ -128,7 +128,7 @@ class Classify(Stage):
     def evaluation(self) -> dict[str, float]:
         metrics = {}
         for name, score in self.scores.items():
-            self.tables[name] = score.result()
+            self.tables[name] = {**score.result(), "mistakes": score.mistakes()}
             score.reset()
             metrics |= {f"val{name}/{key}": self.tables[name][key] for key in ("loss", "top1", "top5")}
         return metrics | {"val/images": self.tables[""]["images"]}
@@ -148,6 +148,7 @@ class Classify(Stage):
                 "support": support,
                 "correct": table["correct"],
                 "confusion": table["confusion"],
+                "mistakes": table["mistakes"],
                 "chance": max(support) / sum(support),
             }
         }

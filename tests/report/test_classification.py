@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -244,3 +245,11 @@ def test_classes_without_names_are_numbered(make_run) -> None:
     run = make_run(stage="classify", results={"classification": {"support": [2, 3], "correct": [1, 2]}})
     found = read_classes(read_run(run))
     assert found is not None and found.names == ["0", "1"] and found.confusion is None
+
+
+def test_of_many_classes_the_mistakes_are_those_that_the_run_wrote() -> None:
+    counts = np.array([[5, 2, 0], [0, 4, 1], [0, 0, 3]])
+    whole = Classes(names=["a", "b", "c"], support=counts.sum(1), correct=counts.diagonal(), confusion=counts)
+    kept = [np.array([0, 1, 2]), np.array([1, 2, 1])]
+    listed = replace(whole, confusion=None, mistakes=kept)
+    assert confusions(listed) == confusions(whole) == ["a taken for b: 2 times", "b taken for c: once"]

@@ -279,6 +279,7 @@ def test_weights_are_chosen_on_validation_even_if_the_others_do_better_in_the_te
         "support": [4 * (c == answer) for c in range(3)],
         "correct": [4 * (c == answer) for c in range(3)],
         "confusion": [[4 * (c == k == answer) for k in range(3)] for c in range(3)],
+        "mistakes": [],
         "chance": 1.0,
     }
     assert stage.results() == {"classification": expected}
@@ -288,6 +289,7 @@ def test_weights_are_chosen_on_validation_even_if_the_others_do_better_in_the_te
     found = stage.results()["classification"]
     assert (found["split"], found["weights"]) == ("test", better)
     assert found["correct"] == [0, 0, 0] and found["chance"] == pytest.approx(5 / 6)
+    assert found["mistakes"] == [[1 - answer, answer, 5], [2, answer, 1]]
     assert found["confusion"][1 - answer][answer] == 5 and found["confusion"][2][answer] == 1
     other = {"raw": "test_ema", "ema": "test"}[better]
     assert stage.tested[f"{other}/top1"] == pytest.approx(5 / 6)
