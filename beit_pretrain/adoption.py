@@ -15,6 +15,8 @@ from beit_pretrain.wording import pair
 NOT_ADOPTED = {"checkpoint", "cache", "offline"}
 # What of an encoder is in its weights; the rest (drop path, kernel, kind of tables) is up to the stage.
 SHAPE = ("name", "patch_size", "width", "depth", "heads", "mlp_ratio", "layer_scale", "abs_pos", "init_std")
+# And what of a head that is only scored.
+HEAD = {"classify": ("pooling",), "segment": ("blocks", "channels")}
 
 
 def adopt_checkpoints(cfg: DictConfig, explicit: Mapping[str, str]) -> None:
@@ -28,7 +30,7 @@ def adopt_checkpoints(cfg: DictConfig, explicit: Mapping[str, str]) -> None:
         _raise_if(_adopt(cfg, "tokenizer", saved, explicit, key))
     if cfg.init_from and cfg.stage.name in ("knn", "probe"):
         _adopt_frozen(cfg, explicit)
-    elif cfg.init_from and cfg.stage.name == "classify":
+    elif cfg.init_from and cfg.stage.name in ("classify", "segment"):
         _adopt_tuned(cfg, explicit)
 
 
@@ -60,7 +62,8 @@ def _adopt_tuned(cfg: DictConfig, explicit: Mapping[str, str]) -> None:
     decided = [f"model.{name}" for name in SHAPE]
     if cfg.mode == "evaluate":
         decided += ["model.rel_pos"]
-        decided += ["stage.pooling"] if saved["stage"]["name"] == "classify" else []
+        if cfg.stage.name == saved["stage"]["name"]:
+            decided += [f"stage.{name}" for name in HEAD[cfg.stage.name]]
         _adopt_pixels(cfg, saved, explicit)
     elif saved["model"]["rel_pos"] == "none" and "model.rel_pos" not in explicit:
         cfg.model.rel_pos = "none"
@@ -74,11 +77,12 @@ def _adopt_tuned(cfg: DictConfig, explicit: Mapping[str, str]) -> None:
 
 
 def _adopt_pixels(cfg: DictConfig, saved: dict[str, Any], explicit: Mapping[str, str]) -> None:
-    """Scale and crop of the images that a classifier was scored on so far, where the user asks for no other."""
+    """Scale and crop of the images that a model was scored on so far, where the user asks for no other."""
     for name in ("mean", "std"):
         if not {"data.normalize", f"data.normalize.{name}"} & explicit.keys():
             cfg.data.normalize[name] = saved["data"]["normalize"][name]
-    if saved["stage"]["name"] == "classify" and "stage.eval_views.crop_pct" not in explicit:
+    classifies = cfg.stage.name == saved["stage"]["name"] == "classify"
+    if classifies and "stage.eval_views.crop_pct" not in explicit:
         cfg.stage.eval_views.crop_pct = saved["stage"]["eval_views"]["crop_pct"]
 
 

@@ -24,7 +24,8 @@ from beit_pretrain.origins import load_strictly, load_weights
 from beit_pretrain.stages.base import Stage
 from beit_pretrain.wording import pair
 
-SUPERVISED = ("classify", "probe")  # stages that learn from labels
+LABELLED = ("classify", "probe")  # stages that learn from a label for each image
+SUPERVISED = (*LABELLED, "segment")  # and from one for each pixel
 
 
 def build_run(cfg: DictConfig, config: dict[str, Any]) -> tuple[Stage, Any, Trainer, Report | None]:
@@ -65,10 +66,11 @@ def build_data(cfg: DictConfig) -> Any:
     """The data module, still without views: those are the stage's."""
     return make(
         cfg.data,
-        drop=("name", "normalize", "root", "dataset"),
+        drop=("name", "normalize", "root", "dataset", "check_label_maps"),
         views=None,
         eval_views=None,
-        labelled=cfg.stage.name in SUPERVISED,
+        labelled=cfg.stage.name in LABELLED,
+        scenes=cfg.stage.name == "segment",
         batch_size=cfg.batch_size,
         micro_batch_size=cfg.micro_batch_size,
         seed=cfg.seed,
@@ -86,6 +88,7 @@ def _preprocessing(cfg: DictConfig, data: Any) -> dict[str, Any]:
         "resize": RESIZE_IMPLEMENTATION,
         "data": data.source.fingerprint(),
         "class_names": data.source.class_names,
+        **({"reduce_zero_label": data.source.reduce_zero_label} if data.scenes else {}),
     }
 
 

@@ -25,7 +25,7 @@ from beit_pretrain.origins import WEIGHTS, start_faults, untrained
 from beit_pretrain.tokenizer import TrainableTokenizer
 from beit_pretrain.wording import either, is_whole, nearest, show, sides_of, size, times
 
-STAGES = ("tokenizer", "pretrain", "classify", "probe", "knn")
+STAGES = ("tokenizer", "pretrain", "classify", "probe", "segment", "knn")
 MODES = ("fit", "evaluate")
 PRECISIONS = ("auto", "32", "32-true", "bf16-mixed", "16-mixed")
 Faults = Iterator[str]
@@ -39,7 +39,7 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     if faults := list(_missing(cfg)):
         # Without a stage, or with an interpolation that leads nowhere, nothing else can be said.
         raise ConfigError(faults)
-    for one in (_numbers, _choices, _model, _grids, _masks, _recipe, _mixing):
+    for one in (_numbers, _choices, _model, _grids, _masks, _recipe, _mixing, _pooling):
         faults += one(cfg)
     faults += [*start_faults(cfg, explicit_keys(overrides)), *_folders(cfg)]
     faults += [*device_faults(cfg), *batch_faults(cfg)]
@@ -223,20 +223,39 @@ def _masks(cfg: DictConfig) -> Faults:
 def _recipe(cfg: DictConfig) -> Faults:
     if cfg.stage.name != "knn":
         yield from _built("stage.optim", cfg.stage.optim)[1]
+    if cfg.stage.name == "segment":
+        yield from _built("stage.predict", cfg.stage.predict)[1]
 
 
 def _mixing(cfg: DictConfig) -> Faults:
     """Mixup and CutMix pair the images of a pass with one another."""
     if cfg.stage.name != "classify" or not (cfg.stage.mixup or cfg.stage.cutmix) or cfg.mode == "evaluate":
         return
-    share = cfg.micro_batch_size
-    if share is None and is_whole(cfg.batch_size, 1) and (count := devices(cfg)):
-        share = cfg.batch_size // (count * cfg.trainer.num_nodes)
-    if share is not None and is_whole(share, 1) and share % 2:
+    share = _share(cfg)
+    if share is not None and share % 2:
         yield (
             f"stage.mixup and stage.cutmix mix images in pairs, but a device takes {share} at a time: set batch_size "
             "or micro_batch_size so that it takes an even number"
         )
+
+
+def _pooling(cfg: DictConfig) -> Faults:
+    """The coarsest pooling of UPerNet leaves one value of an image, and batch norm needs two to tell a spread."""
+    if cfg.stage.name != "segment" or cfg.mode == "evaluate":
+        return
+    if _share(cfg) == 1 and (devices(cfg) or 1) * cfg.trainer.num_nodes == 1:
+        yield (
+            "stage=segment normalises over the images that are seen at a time, of which there is one: set "
+            "micro_batch_size (or batch_size) to 2 or more, or train on several devices, which normalise together"
+        )
+
+
+def _share(cfg: DictConfig) -> int | None:
+    """Images that a device takes at a time; None where another check finds the fault."""
+    share = cfg.micro_batch_size
+    if share is None and is_whole(cfg.batch_size, 1) and (count := devices(cfg)):
+        share = cfg.batch_size // (count * cfg.trainer.num_nodes)
+    return share if is_whole(share, 1) else None
 
 
 def _built(group: str, node: DictConfig) -> tuple[Any, list[str]]:

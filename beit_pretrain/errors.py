@@ -21,6 +21,10 @@ class DataError(BeitError):
     """Images, labels or folders that cannot be used."""
 
 
+class LabelError(DataError):
+    """A label that is no class: the classes are wrong, not the file, so it is never passed over as unreadable."""
+
+
 class CheckpointError(BeitError):
     """A file that is no checkpoint, or not the one that is needed."""
 

@@ -32,6 +32,8 @@ HARMLESS = (
     "stage.compile",
     "micro_batch_size",
     "data.workers",
+    "data.check_label_maps",
+    "stage.predict.windows",
     "logger",
     "callbacks",
     "checkpoint",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.optim import Optimizer
@@ -19,6 +19,9 @@ ENCODER = "encoder."  # prefix of the encoder's parameters in every stage; all o
 STEM = ("cls_token", "mask_token", "pos_embed", "patch_embed.")
 NEVER_DECAYED = ("pos_embed", "cls_token")
 TABLE = "relative_position_bias_table"
+WARMUP_RATIO = 1e-6  # where the ramp of a polynomial schedule begins, as a share of what it leads to
+
+Schedule = Literal["cosine", "poly"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,7 @@ class Recipe:
 
     - `lr`, `min_lr`: peak and final learning rate, for the global batch as it is (no scaling rule).
     - `warmup_epochs` of linear ramp, or `warmup_steps` of it, which wins if given.
+    - `schedule` after the ramp: "cosine", or "poly" of the given `power` as in segmentation (1: a straight line).
     - `weight_decay` moves along a cosine to `weight_decay_end`; None keeps it.
     - `clip`: largest gradient norm; None for no clipping.
     - `layer_decay`: factor on the learning rate per layer downwards; 1 treats all alike.
@@ -39,6 +43,8 @@ class Recipe:
     min_lr: float = 1e-5
     warmup_epochs: float = 10
     warmup_steps: int | None = None
+    schedule: Schedule = "cosine"
+    power: float = 1.0
     weight_decay: float = 0.05
     weight_decay_end: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
@@ -83,6 +89,8 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "min_lr": (_at_least_zero, "a number from 0"),
     "warmup_epochs": (_at_least_zero, "a number of epochs from 0"),
     "warmup_steps": (lambda v: _at_least_zero(v) and v == int(v), "a whole number from 0, or null"),
+    "schedule": (lambda v: v in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}"),
+    "power": (_above_zero, "a number above 0"),
     "weight_decay": (_at_least_zero, "a number from 0"),
     "weight_decay_end": (_at_least_zero, "a number from 0, or null to keep weight_decay"),
     "betas": (_two_rates, "two numbers in [0, 1)"),
@@ -168,11 +176,36 @@ def warmup_cosine(step: int, *, peak: float, minimum: float, warmup_steps: int, 
     return minimum + (peak - minimum) / 2 * (1 + math.cos(math.pi * progress))
 
 
+def warmup_poly(
+    step: int, *, peak: float, minimum: float, power: float, warmup_steps: int, total_steps: int
+) -> float:
+    """The value at optimiser step `step`, counted from 0, as the published segmentation runs have it (mmcv's `poly`).
+
+    minimum + (peak - minimum) (1 - step / total_steps)^power, counted from the very beginning; in the warm-up, W steps,
+    times a line that rises from `WARMUP_RATIO` and would reach 1 at step W. From `total_steps` on: the minimum.
+    """
+    if step >= total_steps:
+        return minimum
+    value = minimum + (peak - minimum) * (1 - step / total_steps) ** power
+    if step < warmup_steps:
+        value *= WARMUP_RATIO + (1 - WARMUP_RATIO) * step / warmup_steps
+    return value
+
+
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """The learning rate of a group of scale 1 at `step`."""
     warmup_steps = recipe.warmup_steps
     if warmup_steps is None:
         warmup_steps = round(recipe.warmup_epochs * steps_per_epoch)
+    if recipe.schedule == "poly":
+        return warmup_poly(
+            step,
+            peak=recipe.lr,
+            minimum=recipe.min_lr,
+            power=recipe.power,
+            warmup_steps=warmup_steps,
+            total_steps=total_steps,
+        )
     return warmup_cosine(
         step, peak=recipe.lr, minimum=recipe.min_lr, warmup_steps=warmup_steps, total_steps=total_steps
     )

@@ -18,6 +18,7 @@ from beit_pretrain.wording import bracket, pair, show
 # What two encoders must have in common for the weights of one to fit into the other.
 SHAPES = ("patch_size", "width", "depth", "heads", "mlp_ratio", "abs_pos")
 WEIGHTS = ("raw", "ema")
+HEADS = {"classify": "head.head", "segment": "head.decode_head"}  # a part that only this stage's head has
 AVERAGE = "ema.module."  # where a checkpoint keeps the running average of its weights
 
 Faults = Iterator[str]
@@ -44,8 +45,8 @@ def start_faults(cfg: DictConfig, explicit: Collection[str]) -> Faults:
         yield from _read("tokenizer.checkpoint", cfg.tokenizer.checkpoint, "tokenizer")[1]
     if cfg.init_from:
         part = "tokenizer" if stage == "tokenizer" else "encoder"
-        if stage == "classify" and cfg.mode == "evaluate":
-            part = "head.head"
+        if stage in HEADS and cfg.mode == "evaluate":
+            part = HEADS[stage]
         saved, faults = _read("init_from", cfg.init_from, part)
         yield from faults
         if saved and stage != "tokenizer":
@@ -65,7 +66,8 @@ def _read(key: str, path: str, part: str) -> tuple[dict[str, Any] | None, list[s
     try:
         record.part(checkpoint, part, key=f"{key}={path}")
     except CheckpointError as error:
-        needed = {"tokenizer": "tokenizer", "head.head": "classify"}.get(part, "pretrain")
+        stages = {"tokenizer": "tokenizer", **{head: stage for stage, head in HEADS.items()}}
+        needed = stages.get(part, "pretrain")
         return None, [f"{error}: set {key} to a run of stage={needed}"]
     return checkpoint["beit_pretrain"], []
 
@@ -74,8 +76,10 @@ def _agrees(cfg: DictConfig, saved: dict[str, Any], explicit: Collection[str]) -
     """What the encoder of `init_from` was made for: pixels of this scale, an encoder of this shape."""
     then = {name: [float(v) for v in saved["preprocessing"][name]] for name in ("mean", "std")}
     now = {name: [float(v) for v in cfg.data.normalize[name]] for name in ("mean", "std")}
-    # Fine-tuning gets used to other pixels, at a price; whoever sets them by hand has thought of it.
-    on_purpose = cfg.stage.name == "classify" and any(key.startswith("data.normalize") for key in explicit)
+    # Fine-tuning gets used to other pixels, at a price; whoever sets them by hand has thought of it, and so have the
+    # published recipes for segmentation, which normalise as ImageNet whatever the encoder saw before.
+    on_purpose = cfg.stage.name in HEADS and any(key.startswith("data.normalize") for key in explicit)
+    on_purpose = on_purpose or (cfg.stage.name == "segment" and "experiment" in explicit)
     if then != now and not on_purpose:
         values = [f"'data.normalize.{n}={bracket(then[n])}'" for n in then if then[n] != now[n]]
         yield (
@@ -172,7 +176,7 @@ def _grid(config: Mapping[str, Any]) -> tuple[int, int]:
 
 def _classes(about: Mapping[str, Any]) -> list[str] | None:
     """Names of the classes that a checkpoint's head tells apart, if it has such a head."""
-    return about["preprocessing"]["class_names"] if about["config"]["stage"]["name"] == "classify" else None
+    return about["preprocessing"]["class_names"] if about["config"]["stage"]["name"] in HEADS else None
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], key: str) -> None:

@@ -6,7 +6,7 @@ an image, r the MLP's width over D.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -231,9 +231,13 @@ def _memory_rows(cfg: DictConfig, stage: Any) -> Rows:
     else:
         # Frozen blocks leave nothing for the backward pass.
         blocks = 0 if cfg.stage.name == "probe" else encoder_activations(cfg, stage, plain=kind == "cpu")
-        head = 12 * stage.views.mask.count * stage.tokenizer.vocab_size if cfg.stage.name == "pretrain" else 0
+        head, what = 0, "logits"
+        if cfg.stage.name == "pretrain":
+            head = 12 * stage.views.mask.count * stage.tokenizer.vocab_size
+        elif cfg.stage.name == "segment":
+            head, what = segmentation_activations(cfg, stage), "maps, as counted on two"
         passing = micro * (blocks + head)
-        how = "activations after Korthikanti et al. 2022, and the head's logits"
+        how = f"activations after Korthikanti et al. 2022, and the head's {what}"
     fixed = 4 * frozen + 16 * trained
     passing //= 2 if half else 1
     return [
@@ -260,21 +264,34 @@ def encoder_activations(cfg: DictConfig, stage: Any, *, plain: bool) -> int:
     return 4 * blocks
 
 
+def segmentation_activations(cfg: DictConfig, stage: Any) -> int:
+    """Float32 bytes that one image leaves in neck, heads and loss: counted, on two, which batch norm needs."""
+    rows, columns = sides_of(cfg.image_size) or []
+    with torch.device("meta"):
+        maps = [torch.empty(2, cfg.model.width, *stage.encoder.grid, requires_grad=True) for _ in range(4)]
+        target = torch.empty(2, rows, columns, dtype=torch.int64)
+    return _kept(stage.head, lambda: stage.losses(maps, target)) // 2
+
+
 def saved_for_backward(cfg: DictConfig) -> int:
     """Bytes that autograd keeps of one image in the tokenizer's loss: counted, for any tokenizer."""
-
     tokenizer: Any = build_tokenizer(cfg)
-    own = {p.untyped_storage().data_ptr() for p in tokenizer.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, or their addresses would be used again
+    return _kept(tokenizer, lambda: tokenizer.loss(torch.rand(1, 3, *tokenizer.image_size), 0))
+
+
+def _kept(module: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps of a forward pass through a module, without its parameters."""
+    own = {p.untyped_storage()._cdata for p in module.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, or their places would be used again
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        tokenizer.loss(torch.rand(1, 3, *tokenizer.image_size), 0)
+        forward()
     return sum(storage.nbytes() for storage in kept.values())
 
 

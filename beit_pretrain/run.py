@@ -99,6 +99,9 @@ def _train(cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> Result
     stage, data, trainer, report = build_run(cfg, config)
     if report is not None and rank_zero_only.rank == 0:
         _tell_transfer(cfg, report, folder)
+    if cfg.stage.name == "segment":
+        stage.look = data.source.look(data.splits["train"], cfg.data.check_label_maps)
+        _tell_look(stage.look)
     if cfg.stage.name == "pretrain" and rank_zero_only.rank == 0:
         draw_sheet(stage.views.mask, path=folder.path / "pictures" / "masks.png", seed=cfg.seed)
     if cfg.mode == "fit":
@@ -133,6 +136,18 @@ def _tell_transfer(cfg: DictConfig, report: Report, folder: RunFolder) -> None:
     """Print what became of every weight of `init_from`, and keep it whole in the run's folder."""
     print("\n".join([f"from {cfg.init_from}:", *(f"  {line}" for line in report.lines())]), flush=True)
     files.write_text(folder.path / "init_from.json", json.dumps(asdict(report), indent=2) + "\n")
+
+
+@rank_zero_only
+def _tell_look(look: dict[str, Any]) -> None:
+    """Print what the label maps hold, so that labels that are off by one show before the training."""
+    seen = sum(share > 0 for share in look["share"])
+    print(
+        f"{look['label_maps']} label maps looked at: {seen} of {len(look['share'])} classes occur, "
+        f"{look['ignored']:.1%} of the pixels are ignored"
+    )
+    for remark in look["remarks"]:
+        print(f"  {remark}")
 
 
 def _knn(cfg: DictConfig, node: DictConfig) -> Results:

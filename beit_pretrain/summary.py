@@ -13,6 +13,8 @@ from rich.text import Text
 
 SHARES = ("accuracy", "top1", "top5", "codebook_use")  # metrics that are shares of one, shown in percent
 NAMES = {"top1": "top-1", "top5": "top-5", "codebook_use": "codebook use"}
+NAMES |= {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
+WORST = 3  # classes that are named
 HIDDEN = ("_se", "/images", "/tokens", "/temperature")
 
 Row = tuple[str, str]
@@ -51,6 +53,8 @@ def _print(table: Table, report: Path) -> None:
 def _rows(results: Mapping[str, Any]) -> list[Row]:
     if "classification" in results:
         rows: Iterable[Row] = _classify(results)
+    elif "segmentation" in results:
+        rows = _segment(results)
     elif "probe" in results or "knn" in results:
         rows = [*_probe(results.get("probe") or {}), *_knn(results.get("knn") or {})]
     else:
@@ -70,6 +74,28 @@ def _classify(results: Mapping[str, Any]) -> Iterator[Row]:
                     yield f"{name} {NAMES.get(key, key)}{label}", _number(key, value) + of
     if classes := section.get("classes"):
         yield "classes", f"{len(classes):,}, chance {_percent(section.get('chance'))}"
+    yield from _learnt_from(results)
+
+
+def _segment(results: Mapping[str, Any]) -> Iterator[Row]:
+    """Scores of each part, how they were reached, the classes that are found worst, what was learnt from."""
+    metrics, section = results.get("metrics") or {}, results["segmentation"] or {}
+    for part, name in (("test", "test"), ("val", "held-out")):
+        images = metrics.get(f"{part}/images")
+        for key in ("miou", "macc", "aacc"):
+            if (value := metrics.get(f"{part}/{key}")) is not None:
+                of = f" of {images:,.0f} images" if key == "miou" and images else ""
+                yield f"{name} {NAMES[key]}", _percent(value) + of
+    if how := section.get("how"):
+        yield "predicted by", how
+    columns = (section.get(key) or [] for key in ("iou", "classes", "pixels"))
+    known = [(iou, name) for iou, name, pixels in zip(*columns, strict=True) if pixels]
+    if worst := sorted(known, key=lambda row: row[0])[:WORST]:
+        yield "worst classes, IoU", ", ".join(f"{name} {_percent(iou)}" for iou, name in worst)
+    yield from _learnt_from(results)
+
+
+def _learnt_from(results: Mapping[str, Any]) -> Iterator[Row]:
     if (images := results.get("train_images")) is not None:
         yield "training images", f"{images:,}"
     if "init_from" in results:

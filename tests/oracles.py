@@ -8,11 +8,17 @@ from typing import Any
 import torch
 from timm.models.beit import Beit as TimmBeit
 from torch import Tensor, nn
-from transformers import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
+from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    BeitForMaskedImageModeling,
+    BeitForSemanticSegmentation,
+)
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
 from beit_pretrain.models.beit import Beit
 from beit_pretrain.models.heads import ClassHead, MIMHead
+from beit_pretrain.models.upernet import SegmentationHead
 
 
 @torch.no_grad()
@@ -34,14 +40,17 @@ def strengthen(*modules: nn.Module, seed: int = 0) -> None:
                 normal(parameter, 1.0)
             elif leaf in ("gamma_1", "gamma_2"):
                 normal(parameter, 0.1, 0.5)
-            elif "norm" in name:
+            elif "norm" in name or isinstance(module.get_submodule(name.rpartition(".")[0]), nn.BatchNorm2d):
                 normal(parameter, 0.2, 1.0 if leaf == "weight" else 0.0)
             elif "patch_embed" in name or leaf in ("cls_token", "mask_token", "pos_embed"):
                 normal(parameter, 0.01 / math.sqrt(parameter[0].numel()) if parameter.ndim == 4 else 0.01)
-            elif parameter.ndim == 2:
-                normal(parameter, 1 / math.sqrt(parameter.shape[1]))
+            elif parameter.ndim in (2, 4):
+                normal(parameter, 1 / math.sqrt(parameter[0].numel()))
             else:
                 normal(parameter, 0.3)
+        for name, buffer in module.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                normal(buffer, 0.1, float(name.endswith("var")))
 
 
 def difference(ours: Tensor, reference: Tensor) -> float:
@@ -129,6 +138,41 @@ def hugging_face_classifier(
     state = {"beit.pooler.layernorm." + name: value for name, value in head.fc_norm.state_dict().items()}
     state |= {"classifier." + name: value for name, value in head.head.state_dict().items()}
     twin.load_state_dict(state | _encoder_state(encoder))
+    return twin.eval()
+
+
+# Our names of the segmentation head to Transformers', as prefixes.
+SEGMENTER_NAMES = {
+    "neck.fpn1.0.": "fpn.fpn1.conv_transpose1.",
+    "neck.fpn1.1.": "fpn.fpn1.normalization.",
+    "neck.fpn1.3.": "fpn.fpn1.conv_transpose2.",
+    "neck.fpn2.0.": "fpn.fpn2.",
+    "decode_head.bottleneck.": "decode_head.psp_bottleneck.",
+    "decode_head.psp_modules.": "decode_head.psp_modules.blocks.",
+}
+SEGMENTER_PARTS = {"bn": "normalization", "conv": "convolution", "conv_seg": "classifier"}
+
+
+def hugging_face_segmenter(
+    encoder: Beit, head: SegmentationHead, image_size: tuple[int, int], blocks: list[int]
+) -> BeitForSemanticSegmentation:
+    """Transformers' segmentation model with our weights, which looks at the same blocks."""
+    config = _config(encoder, image_size, use_mask_token=False, use_relative_position_bias=True)
+    # It looks at hidden state i - 1, where 0 is the embedding, and its check does not let it name the last block.
+    config._out_indices = [block + 2 for block in blocks]
+    config.num_labels = head.decode_head.conv_seg.out_channels
+    twin = BeitForSemanticSegmentation(config)
+    layers: Any = twin.beit.layers
+    for layer in layers if image_size[0] != image_size[1] else ():
+        layer.relative_position_bias.forward = _plain_lookup(layer.relative_position_bias, encoder.grid)
+    state = _encoder_state(encoder)
+    for name, value in head.state_dict().items():
+        before, after = next(((o, t) for o, t in SEGMENTER_NAMES.items() if name.startswith(o)), ("", ""))
+        rest = [SEGMENTER_PARTS.get(word, word) for word in name.removeprefix(before).split(".")]
+        if "psp_modules" in before:
+            rest[1] = "conv"
+        state[after + ".".join(rest)] = value
+    twin.load_state_dict(state)
     return twin.eval()
 
 

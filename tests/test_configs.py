@@ -20,14 +20,14 @@ from beit_pretrain.compose import choices, compose, config_dir
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-STAGES = ("tokenizer", "pretrain", "classify", "probe", "knn")
+STAGES = ("tokenizer", "pretrain", "classify", "probe", "segment", "knn")
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
 DIFFS = ("experiment", "chain")  # their options are explained where they are defined
 SPEAKS_FOR_ITSELF = ("_target_", "_convert_", "defaults", "name")
 
 # Keys that only the configuration uses, and arguments that are added where it is turned into objects (run.py).
 STRIPPED = {
-    "data": {"name", "root", "dataset", "normalize"},
+    "data": {"name", "root", "dataset", "normalize", "check_label_maps"},
     "tokenizer": {"name", "checkpoint"},
     "model": {"name"},
     "stage": {"name", "encoder", "knn"},
@@ -182,7 +182,7 @@ def targets(node: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 def parameters(kind: type) -> dict[str, inspect.Parameter]:
     """What a class takes; `**more` is followed to the class it is passed on to."""
     found: dict[str, inspect.Parameter] = {}
-    for one in kind.__mro__:
+    for one in kind.__mro__[:-1]:  # without object
         if "__init__" not in vars(one):
             continue
         own = dict(inspect.signature(vars(one)["__init__"]).parameters)

@@ -262,6 +262,33 @@ def test_warm_up_is_counted_in_epochs_unless_steps_are_given() -> None:
     assert learning_rate(Recipe(warmup_steps=0), 0, 10, 100) == 1.5e-3
 
 
+@pytest.mark.parametrize(("power", "total"), [(1.0, 10), (0.9, 37), (2.0, 7)])
+def test_the_polynomial_schedule_is_that_of_torch(power: float, total: int) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-5)
+    theirs = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=total, power=power)
+    recipe = Recipe(lr=3e-5, min_lr=0.0, schedule="poly", power=power, warmup_steps=0)
+    for step in range(total + 3):
+        assert learning_rate(recipe, step, 1, total) == pytest.approx(
+            optimizer.param_groups[0]["lr"], abs=1e-19
+        )
+        optimizer.step()
+        theirs.step()
+
+
+def test_the_ramp_of_the_polynomial_schedule_is_multiplied_on_it_as_in_the_published_runs() -> None:
+    """REFERENCE 5: warm-up of 1,500 from ratio 1e-6, 160,000 updates, power 1 to 0; mmcv's formula by hand."""
+    recipe = Recipe(lr=3e-5, min_lr=0.0, schedule="poly", warmup_steps=1500)
+    at = {step: learning_rate(recipe, step, 1250, 160_000) for step in (0, 750, 1499, 1500, 80_000, 159_999)}
+    assert at[0] == pytest.approx(3e-11)
+    assert at[750] == pytest.approx(3e-5 * (1 - 750 / 160_000) * (1 - (1 - 0.5) * (1 - 1e-6)))
+    assert at[1499] == pytest.approx(3e-5 * (1 - 1499 / 160_000) * (1 - (1 - 1499 / 1500) * (1 - 1e-6)))
+    assert at[1500] == pytest.approx(3e-5 * (1 - 1500 / 160_000))
+    assert at[80_000] == pytest.approx(1.5e-5)
+    assert at[159_999] == pytest.approx(3e-5 / 160_000)
+    above = Recipe(lr=4e-5, min_lr=1e-5, schedule="poly", power=2.0, warmup_steps=0)
+    assert learning_rate(above, 5, 1, 10) == pytest.approx(1e-5 + 3e-5 / 4)
+
+
 def test_weight_decay_stays_or_follows_a_cosine_of_its_own() -> None:
     assert [weight_decay(Recipe(), step, 10) for step in (0, 5, 9)] == [0.05] * 3
     moving = Recipe(weight_decay=0.04, weight_decay_end=0.4)

@@ -52,6 +52,20 @@ CLASSIFY: dict[str, Any] = {
     "train_images": 1200,
 }
 
+SEGMENT: dict[str, Any] = {
+    "name": "seg",
+    "seconds": 61,
+    "metrics": {"val/miou": 0.512, "val/macc": 0.633, "val/aacc": 0.81, "val/images": 2000, "test/miou": 0.5},
+    "segmentation": {
+        "classes": ["sky", "net", "pole", "ring", "disc"],
+        "iou": [0.91, 0.4, 0.125, 0.0, None],
+        "pixels": [900, 40, 7, 0, 0],
+        "how": "whole images, short side 64; one scale",
+    },
+    "init_from": None,
+    "train_images": 1600,
+}
+
 
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
@@ -118,6 +132,22 @@ def test_a_probe_says_where_its_best_classifier_sits(say) -> None:
     assert shorter[:2] == ["linear probe|80.0%", "linear probe, raw pixels|90.0%"]
 
 
+def test_a_segmentation_says_how_it_was_scored_and_its_worst_classes(say) -> None:
+    assert say(SEGMENT)[:-1] == [
+        "test mIoU|50.0%",
+        "held-out mIoU|51.2% of 2,000 images",
+        "held-out mAcc|63.3%",
+        "held-out aAcc|81.0%",
+        "predicted by|whole images, short side 64; one scale",
+        "worst classes, IoU|pole 12.5%, net 40.0%, sky 91.0%",
+        "training images|1,600",
+        "started|from scratch",
+        "time|1 min 01 s",
+    ]
+    assert "started|from runs/pre" in say({**SEGMENT, "init_from": {"path": "runs/pre"}})
+    assert say({"name": "x", "segmentation": {}})[:-1] == ["time|0 min 00 s"]
+
+
 def test_a_dry_run_says_nothing(say) -> None:
     assert say({}) == []
 
@@ -131,10 +161,11 @@ def test_a_chain_has_one_table_of_all_links(
         "probe": PROBE,
         "finetune": CLASSIFY,
         "scratch": {**CLASSIFY, "init_from": None},
+        "segment": SEGMENT,
     }
     show_chain(links, Path("runs/all/report.html"))
     rows = _rows(capsys.readouterr().out)
-    assert len(rows) == 5 + 6 + 9 + 9 + 1
+    assert len(rows) == 5 + 6 + 9 + 9 + 9 + 1
     assert [row.partition("|")[0] for row in rows if row[0] != "|"] == [
         *links,
         "report: runs/all/report.html",

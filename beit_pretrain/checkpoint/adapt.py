@@ -23,7 +23,12 @@ TABLE = "relative_position_bias_table"
 INDEX = "relative_position_index"  # a buffer of published checkpoints; follows from the grid
 GRID_BOUND = (TABLE, "pos_embed")
 MASK_TOKEN = "encoder.mask_token"  # stands for hidden patches, of which only pre-training has any
-CLASSIFIER = ("head.head.weight", "head.head.bias")  # rows are classes
+# The last layers, whose rows are classes.
+CLASSIFIER = tuple(
+    f"head.{layer}.{kind}"
+    for layer in ("head", "decode_head.conv_seg", "auxiliary_head.conv_seg")
+    for kind in ("weight", "bias")
+)
 
 
 @dataclass

@@ -16,9 +16,10 @@ from torch.utils.data import Dataset
 
 from beit_pretrain.data.decode import decode
 from beit_pretrain.data.sampler import Failure, Key, mix
-from beit_pretrain.data.sources import Source
+from beit_pretrain.data.scenes import PairView
+from beit_pretrain.data.sources import SceneSource, Source
 from beit_pretrain.data.transforms import Item, View
-from beit_pretrain.errors import DataError
+from beit_pretrain.errors import DataError, LabelError
 
 _HEADER = ("sample", "name", "reason")
 _LISTED = 10
@@ -87,7 +88,7 @@ def _append(log: Path, row: Sequence[str]) -> None:
 
 
 class ViewDataset(Dataset[Item | Failure]):
-    """Samples of one split, seen through one view.
+    """Samples of one split, seen through one view: images, or images with their label maps.
 
     The key of a view is mix(seed, epoch, sample), of held-out views a constant in place of the epoch. An
     image that cannot be read is replaced by the next readable one of the split, with that one's own number
@@ -99,7 +100,7 @@ class ViewDataset(Dataset[Item | Failure]):
         *,
         source: Source,
         indices: np.ndarray,
-        view: View,
+        view: View | PairView,
         seed: int,
         held_out: bool,
         max_bad: float,
@@ -117,10 +118,11 @@ class ViewDataset(Dataset[Item | Failure]):
 
     def __getitem__(self, key: Key) -> Item | Failure:
         try:
-            image, sample = self._read(key.sample)
+            parts, sample = self._read(key.sample)
         except DataError as error:
             return Failure(str(error))
-        crops = self.view(image, mix(self.seed, _HELD_OUT if self.held_out else key.epoch, sample))
+        view = mix(self.seed, _HELD_OUT if self.held_out else key.epoch, sample)
+        crops = self.view(*parts, view)  # pyright: ignore[reportCallIssue] _load gives what the view takes
         labels = self.source.labels
         return Item(crops, sample, key.epoch, -1 if labels is None else int(labels[sample]))
 
@@ -130,16 +132,46 @@ class ViewDataset(Dataset[Item | Failure]):
         failed = [item for item in items if isinstance(item, Failure)]
         return failed[0] if failed else self.view.collate(whole)
 
-    def _read(self, sample: int) -> tuple[Tensor, int]:
+    def _load(self, sample: int) -> tuple[Tensor, ...]:
+        """What is read of a sample. OSError or DataError if it cannot be."""
+        data = self.source.read(sample)
+        return (decode(data) if isinstance(data, bytes) else data,)
+
+    def _read(self, sample: int) -> tuple[tuple[Tensor, ...], int]:
         place = int(np.searchsorted(self.indices, sample))
         for step in range(len(self.indices)):
             candidate = int(self.indices[(place + step) % len(self.indices)])
             try:
-                data = self.source.read(candidate)
-                return (decode(data) if isinstance(data, bytes) else data), candidate
+                return self._load(candidate), candidate
+            except LabelError:
+                raise
             except (DataError, OSError) as error:
                 reason = str(error)
             self.bad.note(candidate, self.source.name(candidate), reason)
         raise DataError(
             f"none of the {len(self.indices)} images can be read; see {self.bad.log or 'the warnings'}"
         )
+
+
+class SceneDataset(ViewDataset):
+    """Images with their label maps: a pair counts as unreadable if either is.
+
+    A label that is no class ends the run: its image is not at fault, and the next one is likely to have it too.
+    """
+
+    def __init__(self, *, source: SceneSource, view: PairView, **settings: Any) -> None:
+        super().__init__(source=source, view=view, **settings)
+        self.scenes = source
+
+    def _load(self, sample: int) -> tuple[Tensor, ...]:
+        (image,) = super()._load(sample)
+        label_map = self.scenes.label_map(sample)
+        if image.shape[1:] != label_map.shape:
+            raise DataError(
+                f"{_size(image)} pixels, upright by its EXIF orientation, but its label map has {_size(label_map)}"
+            )
+        return image, label_map
+
+
+def _size(image: Tensor) -> str:
+    return f"{image.shape[-1]} x {image.shape[-2]}"

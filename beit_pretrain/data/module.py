@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch import Generator
 from torch.utils.data import Sampler
 
-from beit_pretrain.data.dataset import ViewDataset
+from beit_pretrain.data.dataset import SceneDataset, ViewDataset
 from beit_pretrain.data.sampler import EvalBatches, Key, ResumableLoader, TrainBatches, choose, mix
-from beit_pretrain.data.sources import Source
+from beit_pretrain.data.scenes import PairView
+from beit_pretrain.data.sources import SceneSource, Source
 from beit_pretrain.data.transforms import EvalView, View
 from beit_pretrain.errors import ConfigError, DataError
 
@@ -36,16 +37,18 @@ class DataModule(LightningDataModule):
 
     `batch_size` is global. Without splits of the source's own, `val_share` of the training images are held
     out (by class where there are labels, of which each keeps an image to train on), chosen by a hash of each
-    index alone. `limit_steps` shortens the epoch.
+    index alone. `limit_steps` shortens the epoch, to try something out.
 
     - `views`, `eval_views`: read when a loader is made; None until then where they are set afterwards.
     - `labelled`: images without a label are left out of every split. DataError if none is left.
+    - `scenes`: a label map goes with each image. ConfigError if the source is no SceneSource.
     - `train_on_val`: the held-out images are trained on too and nothing is held out, for a last run with settings
       that were chosen before.
     - `train_limit`: training images used, by class in proportion and at least one of each class if that many
       are asked for; another subset with every seed.
     - `repeats`: views of each image in a row (repeated augmentation, Hoffer et al. 2020). An epoch keeps its
       steps and meets so many times fewer images.
+    - `epoch_steps`: updates an epoch; the rest of its order is left out. ConfigError if it has fewer.
     """
 
     # A rank may have no held-out sample at all when there are fewer of them than ranks.
@@ -55,8 +58,8 @@ class DataModule(LightningDataModule):
         self,
         *,
         source: Source,
-        views: View | None,
-        eval_views: View | None,
+        views: View | PairView | None,
+        eval_views: View | PairView | None,
         batch_size: int,
         micro_batch_size: int | None,
         workers: int,
@@ -66,13 +69,20 @@ class DataModule(LightningDataModule):
         bad_log: Path | None,
         limit_steps: int | None = None,
         labelled: bool = False,
+        scenes: bool = False,
         train_on_val: bool = False,
         train_limit: int | None = None,
         repeats: int = 1,
+        epoch_steps: int | None = None,
     ) -> None:
         super().__init__()
-        _check(batch_size, micro_batch_size, workers, val_share, max_bad, train_limit, repeats)
+        _check(batch_size, micro_batch_size, workers, val_share, max_bad, train_limit, repeats, epoch_steps)
+        if scenes and not isinstance(source, SceneSource):
+            raise ConfigError(
+                "stage=segment needs images with label maps: set data=ade20k, data=image_masks or data=shapes"
+            )
         self.source = source
+        self.scenes = scenes
         self.views = views
         self.eval_views = eval_views
         self.batch_size = batch_size
@@ -83,6 +93,7 @@ class DataModule(LightningDataModule):
         self.bad_log = None if bad_log is None else Path(bad_log)
         self.limit_steps = limit_steps
         self.repeats = repeats
+        self.epoch_steps = epoch_steps
         self.splits = _splits(source, val_share)
         if labelled:
             self.splits = _with_labels(source, self.splits)
@@ -110,7 +121,12 @@ class DataModule(LightningDataModule):
                 f"batch_size={self.batch_size} is more than the {len(self.splits['train'])} training images; "
                 f"set batch_size to {len(self.splits['train'])} or less"
             )
-        return steps if self.limit_steps is None else min(steps, self.limit_steps)
+        if self.epoch_steps is not None and self.epoch_steps > steps:
+            raise ConfigError(
+                f"data.epoch_steps={self.epoch_steps} is more than the {steps} batches of {self.batch_size} that "
+                f"{len(self.splits['train'])} training images give; set it to {steps} or less, or to null for all"
+            )
+        return min(given for given in (steps, self.epoch_steps, self.limit_steps) if given is not None)
 
     def plan(self, world_size: int) -> BatchPlan:
         """The split of the global batch over `world_size` devices. ConfigError if it does not divide."""
@@ -146,7 +162,9 @@ class DataModule(LightningDataModule):
             position=lambda: self.trainer.global_step if self.trainer else 0,
             repeats=self.repeats,
         )
-        return self._loader(self._dataset("train", self.views), batches, keep_workers=True)
+        return self._loader(
+            self._dataset("train", self.views, scenes=self.scenes), batches, keep_workers=True
+        )
 
     def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
         """The held-out samples, each once, with fixed views; an empty list if none are held out."""
@@ -160,10 +178,11 @@ class DataModule(LightningDataModule):
         if split not in self.splits:
             return []
         rank, world = self._place()
-        batches = EvalBatches(
-            indices=self.splits[split], batch_size=self.plan(world).micro, rank=rank, world_size=world
-        )
-        return self._loader(self._dataset(split, self.eval_views, held_out=True), batches, keep_workers=True)
+        # Whole images are as large as they come, and are looked at one by one anyway.
+        size = 1 if self.scenes else self.plan(world).micro
+        batches = EvalBatches(indices=self.splits[split], batch_size=size, rank=rank, world_size=world)
+        dataset = self._dataset(split, self.eval_views, held_out=True, scenes=self.scenes)
+        return self._loader(dataset, batches, keep_workers=True)
 
     def labelled(
         self, split: str, image_size: tuple[int, int], limit: int | None, crop_pct: float = 1.0
@@ -187,17 +206,20 @@ class DataModule(LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _dataset(self, split: str, view: View | None, *, held_out: bool = False) -> ViewDataset:
+    def _dataset(
+        self, split: str, view: View | PairView | None, *, held_out: bool = False, scenes: bool = False
+    ) -> ViewDataset:
         assert view is not None
-        return ViewDataset(
-            source=self.source,
-            indices=self.splits[split],
-            view=view,
-            seed=self.seed,
-            held_out=held_out,
-            max_bad=self.max_bad,
-            bad_log=self.bad_log,
-        )
+        settings: dict[str, Any] = {
+            "source": self.source,
+            "indices": self.splits[split],
+            "view": view,
+            "seed": self.seed,
+            "held_out": held_out,
+            "max_bad": self.max_bad,
+            "bad_log": self.bad_log,
+        }
+        return SceneDataset(**settings) if scenes else ViewDataset(**settings)
 
     def _loader(
         self, dataset: ViewDataset, batches: Sampler[list[Key]], *, keep_workers: bool
@@ -270,6 +292,7 @@ def _check(
     max_bad: float,
     train_limit: int | None,
     repeats: int,
+    epoch_steps: int | None,
 ) -> None:
     faults = []
     if batch < 1:
@@ -286,5 +309,7 @@ def _check(
         faults.append(f"data.train_limit={train_limit}: set 1 or more, or null for all training images")
     if repeats < 1:
         faults.append(f"data.repeats={repeats}: set 1 (each image once in an epoch) or more")
+    if epoch_steps is not None and epoch_steps < 1:
+        faults.append(f"data.epoch_steps={epoch_steps}: set 1 or more, or null for all whole batches")
     if faults:
         raise ConfigError(faults)

@@ -1,10 +1,11 @@
-"""Where images come from: the contract, and the embedded digits."""
+"""Where images come from: the contracts, and the embedded digits."""
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from beit_pretrain.data.sampler import choose
+from beit_pretrain.errors import DataError, LabelError
+from beit_pretrain.label_maps import IGNORED
 
+_NAMED = 5  # classes that a remark names at most
 _DIGITS_TEST = 397
 _DIGITS_VAL = 280
 _DIGITS_SALT = 0x646967697473  # fixes the splits for good, whatever the run's seed
@@ -43,6 +47,55 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of which images these are and in which order, equal in every process."""
+
+
+class SceneSource(Source):
+    """Images with a label map each."""
+
+    class_names: list[str]  # in the order of the labels
+    reduce_zero_label = False  # whether files have 0 for ignored pixels and count classes from 1
+
+    @abstractmethod
+    def label_map(self, index: int) -> Tensor:
+        """(H, W) uint8 over the upright image, 255 = ignored.
+
+        OSError or DataError if it cannot be had, LabelError if a value is no class.
+        """
+
+    def look(self, indices: np.ndarray, most: int | None) -> dict[str, Any]:
+        """What is labelled: the shares of the classes over at most `most` maps, spread evenly (None: all).
+
+        `share` (C,) is of the labelled pixels, `ignored` of all. Maps that cannot be read are left out.
+        LabelError for a value that is no class, DataError if nothing is labelled.
+        """
+        count = len(indices) if most is None else min(most, len(indices))
+        pixels, read = np.zeros(256, np.int64), 0
+        for place in range(count):
+            try:
+                label_map = self.label_map(int(indices[place * len(indices) // count]))
+            except LabelError:
+                raise
+            except (DataError, OSError):  # counted and noted by whoever needs it
+                continue
+            pixels += np.bincount(label_map.flatten().numpy(), minlength=256)
+            read += 1
+        labelled = pixels[: len(self.class_names)]
+        if not labelled.any():
+            raise DataError(
+                f"no pixel is labelled in the {read} label maps that could be read of {count} looked at: every one is "
+                f"ignored ({IGNORED}); set data.root to images with label maps"
+            )
+        missing = [name for name, found in zip(self.class_names, labelled, strict=True) if not found]
+        remarks = []
+        if missing:
+            named = f": {', '.join(missing)}" if len(missing) <= _NAMED else ""
+            remarks.append(f"{len(missing)} of {len(labelled)} classes never occur{named}")
+        return {
+            "label_maps": read,
+            "share": (labelled / labelled.sum()).tolist(),
+            "ignored": float(pixels[IGNORED] / pixels.sum()),
+            "remarks": remarks,
+        }
 
 
 class Digits(Source):

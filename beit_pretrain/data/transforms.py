@@ -43,6 +43,7 @@ class Crops(NamedTuple):
     image: Tensor  # (3, S, S') uint8
     token_image: Tensor | None = None  # (3, T, T') uint8
     mask: Tensor | None = None  # (N,) bool, True = hidden
+    label_map: Tensor | None = None  # (S, S') uint8, 255 = ignored
 
 
 class Item(NamedTuple):
@@ -202,7 +203,7 @@ class TwoViews:
         mask = _stack([item.crops.mask for item in items])
         assert mask is not None
         image = torch.stack([item.crops.image for item in items])
-        return PretrainBatch(image, token, None, mask, *_numbers(items), None)
+        return PretrainBatch(image, token, None, mask, *numbers(items), None)
 
 
 class OneView:
@@ -260,10 +261,11 @@ def pair(size: Sequence[int]) -> tuple[int, int]:
 def image_batch(items: Sequence[Item]) -> ImageBatch:
     """The items of a view of one crop as a batch."""
     label = torch.tensor([item.label for item in items], dtype=torch.int64)
-    return ImageBatch(torch.stack([item.crops.image for item in items]), label, *_numbers(items))
+    return ImageBatch(torch.stack([item.crops.image for item in items]), label, *numbers(items))
 
 
-def _numbers(items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+def numbers(items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+    """Which samples, and which views of them: (B,) int64 each."""
     sample = torch.tensor([item.sample for item in items], dtype=torch.int64)
     return sample, torch.tensor([item.view for item in items], dtype=torch.int64)
 

@@ -14,6 +14,7 @@ LOSSES = {
     "pretrain": "masked cross-entropy, nats",
     "classify": "cross-entropy, nats; training images are augmented",
     "probe": "training, summed over all classifiers; nats",
+    "segment": "cross-entropy of labelled pixels, nats; auxiliary head weighted in",
 }
 
 
@@ -35,6 +36,8 @@ def loss(run: Run) -> Chart | None:
         return None
     more, levels = _baselines(run, "loss")
     more += _line(run, "val_ema/loss", "held-out, EMA", colour="third", markers=True)
+    more += _line(run, "train/decode", "its main head alone", colour="third", smooth=True)
+    more += _line(run, "train/auxiliary", "its auxiliary head alone", colour="fourth", smooth=True)
     note = LOSSES.get(run.stage, "")
     return Chart(title="Loss", lines=lines + more, levels=levels, note=note)
 
@@ -43,6 +46,8 @@ def accuracy(run: Run) -> Chart | None:
     """Training and held-out accuracy, of masked tokens beside the share of the most frequent ids."""
     if run.stage == "classify":
         return classification(run)
+    if run.stage == "segment":
+        return segmentation(run)
     lines = _both(run, "accuracy")
     if not lines:
         return None
@@ -61,6 +66,22 @@ def classification(run: Run) -> Chart | None:
     quiet = [replace(line, quiet=True) for line in _line(run, "val/top5", "held-out top-5", colour="faint")]
     note = "grey: held-out top-5" if quiet else ""
     return Chart(title="Accuracy", lines=quiet + lines, percent=True, note=note)
+
+
+def segmentation(run: Run) -> Chart | None:
+    """mIoU and both accuracies on held-out images, and the share of pixels that were right in training."""
+    looks = (("miou", "mIoU", "heldout"), ("macc", "mAcc", "third"), ("aacc", "aAcc", "fourth"))
+    held_out = [
+        line
+        for key, name, colour in looks
+        for line in _line(run, f"val/{key}", f"held-out {name}", colour=colour, markers=True)
+    ]
+    lines = _line(run, "train/accuracy", "training, pixels right", smooth=True) + held_out
+    return (
+        Chart(title="Segmentation", lines=lines, percent=True, note="training crops are augmented")
+        if lines
+        else None
+    )
 
 
 def reconstruction(run: Run) -> Chart | None:

@@ -1,12 +1,12 @@
-"""The links of a chain side by side: probes, kNN and fine-tuning, on the same images."""
+"""The links of a chain side by side: probes, kNN, fine-tuning and segmentation, on the same images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import cycle, product
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from beit_pretrain.report import classification, probing
+from beit_pretrain.report import classification, probing, segmentation
 from beit_pretrain.report.classification import SPLITS, Score
 from beit_pretrain.report.curves import DASHES, Chart, Line
 from beit_pretrain.report.folder import Run, records
@@ -15,6 +15,7 @@ from beit_pretrain.report.parts import Bar
 from beit_pretrain.report.words import percent, whole
 
 COLOURS = ("training", "heldout", "third", "fourth")
+S = TypeVar("S")
 
 
 class Entry(NamedTuple):
@@ -47,12 +48,12 @@ def compare(runs: Sequence[tuple[str, Run]]) -> Comparison | None:
         where = f"{SPLITS[score.split]} images"
         note = note if len(splits) == 1 else ", ".join(part for part in (note, where) if part)
         bars.append(Bar(label, score.share, kind == "pre-trained", note, score.span))
-    return Comparison(bars, _measured(entries), _sentences(tuned), while_training(runs))
+    return Comparison(bars, _measured(entries), _sentences(tuned), while_training(runs, "top1", "top-1"))
 
 
-def while_training(runs: Sequence[tuple[str, Run]]) -> Chart | None:
-    """Held-out top-1 over the steps, a line for each link that was fine-tuned."""
-    known = [(name, run.metrics["val/top1"]) for name, run in runs if "val/top1" in run.metrics]
+def while_training(runs: Sequence[tuple[str, Run]], metric: str, label: str) -> Chart | None:
+    """A held-out score over the steps, a line for each link that has it."""
+    known = [(name, run.metrics[f"val/{metric}"]) for name, run in runs if f"val/{metric}" in run.metrics]
     known = [(name, series) for name, series in known if len(series.finite().value) > 1]
     looks = cycle((colour, dash) for dash, colour in product(DASHES, COLOURS))
     lines = [
@@ -61,7 +62,7 @@ def while_training(runs: Sequence[tuple[str, Run]]) -> Chart | None:
     ]
     if len(lines) < 2:
         return None
-    return Chart(title="Held-out top-1 while training", lines=lines, percent=True)
+    return Chart(title=f"Held-out {label} while training", lines=lines, percent=True)
 
 
 def _entries(name: str, run: Run) -> Iterator[Entry]:
@@ -134,26 +135,22 @@ def _measured(entries: Sequence[Entry]) -> str:
 
 def _sentences(tuned: Sequence[tuple[str, Run, Score]]) -> list[str]:
     """Each fine-tuned link against each that was trained from scratch, on the same images."""
-    ours = [entry for entry in tuned if _started(entry[1])]
-    scratch = [entry for entry in tuned if "init_from" in entry[1].results and not _started(entry[1])]
-    pairs = [(a, b) for a, b in product(ours, scratch) if a[2].split == b[2].split]
+    pairs = [(a, b) for a, b in _pairs(tuned) if a[2].split == b[2].split]
     return [_sentence(a, b, named=len(pairs) > 1) for a, b in pairs]
 
 
+def _pairs(tuned: Sequence[tuple[str, Run, S]]) -> list[tuple[tuple[str, Run, S], tuple[str, Run, S]]]:
+    """Every link that began with another's weights with every one that is known to have begun from scratch."""
+    ours = [entry for entry in tuned if _started(entry[1])]
+    scratch = [entry for entry in tuned if "init_from" in entry[1].results and not _started(entry[1])]
+    return list(product(ours, scratch))
+
+
 def _sentence(one: tuple[str, Run, Score], other: tuple[str, Run, Score], *, named: bool) -> str:
-    (name, run, score), (other_name, other_run, other_score) = one, other
-    labels, steps = run.number("train_images"), run.number("steps")
-    same = labels is not None and steps is not None
-    same = same and (labels, steps) == (other_run.number("train_images"), other_run.number("steps"))
-    said = f"Fine-tuned from pre-training{f' ({name})' if named else ''}"
-    if not same and _effort(run):
-        said += f", {_effort(run)}"
-    said += f": {percent(score.share)}, from scratch{f' ({other_name})' if named else ''}"
-    if same:
-        said += f" with the same {whole(labels or 0)} labels and steps"
-    elif _effort(other_run):
-        said += f", {_effort(other_run)}"
-    said += f": {percent(other_score.share)}"
+    (_, _, score), (_, _, other_score) = one, other
+    said = _both(
+        one[:2], other[:2], (percent(score.share), percent(other_score.share)), "labels", named=named
+    )
     if not score.images or not other_score.images:
         return f"{said}."
     gap = score.share - other_score.share
@@ -165,7 +162,74 @@ def _sentence(one: tuple[str, Run, Score], other: tuple[str, Run, Score], *, nam
     return f"{said}." if low > 0 or high < 0 else f"{said}, too little to tell with so few images."
 
 
-def _effort(run: Run) -> str:
+def _both(
+    one: tuple[str, Run], other: tuple[str, Run], shares: tuple[str, str], unit: str, *, named: bool
+) -> str:
+    """Two links and their scores, with what they learnt from: said once where it is the same."""
+    (name, run), (other_name, other_run) = one, other
     labels, steps = run.number("train_images"), run.number("steps")
-    said = [] if labels is None else [f"{whole(labels)} labels"]
+    same = labels is not None and steps is not None
+    same = same and (labels, steps) == (other_run.number("train_images"), other_run.number("steps"))
+    said = f"Fine-tuned from pre-training{f' ({name})' if named else ''}"
+    if not same and (effort := _effort(run, unit)):
+        said += f", {effort}"
+    said += f": {shares[0]}, from scratch{f' ({other_name})' if named else ''}"
+    if same:
+        said += f" with the same {whole(labels or 0)} {unit} and steps"
+    elif effort := _effort(other_run, unit):
+        said += f", {effort}"
+    return f"{said}: {shares[1]}"
+
+
+def _effort(run: Run, unit: str) -> str:
+    labels, steps = run.number("train_images"), run.number("steps")
+    said = [] if labels is None else [f"{whole(labels)} {unit}"]
     return " and ".join([*said, *([] if steps is None else [f"{whole(steps)} steps"])])
+
+
+# --- segmentation -------------------------------------------------------------------------------------------
+
+
+def compare_segmentation(runs: Sequence[tuple[str, Run]]) -> Comparison | None:
+    """mIoU of the links that segment; None if there are no two of them."""
+    found = [(name, run, score) for name, run in runs if (score := segmentation.score(run)) is not None]
+    if len(found) < 2:
+        return None
+    splits, ways = {score.split for *_, score in found}, {score.how for *_, score in found}
+    bars = []
+    for name, run, score in found:
+        where = "" if len(splits) == 1 else f"{SPLITS[score.split]} images"
+        how = "" if len(ways) == 1 else score.how
+        note = "; ".join(part for part in (_training(run), where, how) if part)
+        bars.append(Bar(name, score.miou, _started(run), note))
+    pairs = [(a, b) for a, b in _pairs(found) if (a[2].split, a[2].how) == (b[2].split, b[2].how)]
+    sentences = [_segmented(a, b, named=len(pairs) > 1) for a, b in pairs]
+    return Comparison(
+        bars,
+        _measured_segments([score for *_, score in found]),
+        sentences,
+        while_training(runs, "miou", "mIoU"),
+    )
+
+
+def _measured_segments(scores: Sequence[segmentation.Score]) -> str:
+    """On which images and how, and why there is no interval."""
+    splits, ways = {score.split for score in scores}, {score.how for score in scores}
+    images = {score.images for score in scores}
+    said = "mIoU"
+    if len(splits) == 1:
+        count = images.pop() if len(images) == 1 else None
+        said += f" on {'' if count is None else f'the {whole(count)} '}{SPLITS[splits.pop()]} images"
+    said += "".join(f", {how}" for how in ways if how and len(ways) == 1)
+    return (
+        f"{said}. It is no share of images, so there is no interval, and a single seed is no proof. "
+        "Blue: with pre-trained weights."
+    )
+
+
+def _segmented(
+    one: tuple[str, Run, segmentation.Score], other: tuple[str, Run, segmentation.Score], *, named: bool
+) -> str:
+    shares = (f"{percent(one[2].miou)} mIoU", percent(other[2].miou))
+    gap = 100 * (one[2].miou - other[2].miou)
+    return f"{_both(one[:2], other[:2], shares, 'images', named=named)}: {gap:+.1f} points (one seed)."

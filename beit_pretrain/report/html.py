@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from beit_pretrain.errors import BeitError
-from beit_pretrain.report import charts, classification, comparison, pictures, probing, sections
+from beit_pretrain.report import charts, classification, comparison, pictures, probing, sections, segmentation
 from beit_pretrain.report.curves import Chart, draw
 from beit_pretrain.report.folder import Run, read_run, sheet_step
 from beit_pretrain.report.heat_map import HeatMap, heat_map
@@ -79,6 +79,7 @@ def make_report(run: Path) -> Path:
         probe_chart=None if probe_chart is None else _view(probe_chart),
         probe_rows=probing.probe_rows(found),
         classes=_classes(found),
+        segmentation=segmentation.section(found),
         start=classification.start(found),
         held_out=sections.held_out(found),
         diff=sections.recipe_diff(found),
@@ -100,7 +101,7 @@ def make_chain_report(folder: Path, links: Sequence[tuple[str, Path]]) -> Path:
     runs = [(name, path, read_run(path) if path.is_dir() else None) for name, path in links]
     views = [_link(name, path, run, folder) for name, path, run in runs]
     present = [(name, run) for name, _, run in runs if run is not None]
-    compared = comparison.compare(present)
+    compared, segmented = comparison.compare(present), comparison.compare_segmentation(present)
     measured = [run for _, run in present if sections.knn_bars(run)]
     page = _render(
         "chain.html.j2",
@@ -108,8 +109,11 @@ def make_chain_report(folder: Path, links: Sequence[tuple[str, Path]]) -> Path:
         status="finished" if all(view.status == "finished" for view in views) else "unfinished",
         total=duration(sum(run.number("seconds") or 0.0 for _, run in present)),
         links=views,
-        compared=compared,
-        compared_chart=None if compared is None or compared.chart is None else _view(compared.chart),
+        compared=[
+            (title, found, None if found.chart is None else _view(found.chart))
+            for title, found in (("", compared), (" in segmentation", segmented))
+            if found is not None
+        ],
         knn_bars=sections.knn_bars(measured[-1]) if measured and compared is None else [],
         knn_remark=sections.knn_remark(measured[-1]) if measured else "",
     )

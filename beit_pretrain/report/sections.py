@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from beit_pretrain.errors import BeitError
-from beit_pretrain.report import classification, probing
+from beit_pretrain.report import classification, probing, segmentation
 from beit_pretrain.report.folder import Run, number, records, rows, text
 from beit_pretrain.report.parts import Bar, Tile
 from beit_pretrain.report.words import compact, duration, percent, plain, whole
@@ -49,6 +49,7 @@ def main_result(run: Run) -> str:
 
 def _result_tiles(run: Run) -> Iterator[Tile]:
     yield from classification.tiles(run)
+    yield from segmentation.tiles(run)
     yield from probing.tiles(run)
     knn = run.number("knn", "accuracy")
     if knn is not None:

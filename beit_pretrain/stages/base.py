@@ -191,7 +191,7 @@ class Stage(LightningModule, ABC):
             # Lightning and DDP averaged over micro-batches and ranks as if each held as many items; the true
             # mean is the sum over the global batch divided by the count of the global batch.
             even = sum(self.expected_count(batch) for batch in self._batches) * self.trainer.world_size
-            factor = even / totals["count"]
+            factor = even / totals["count"].clamp(min=1)
             for p in params:
                 assert p.grad is not None
                 p.grad.mul_(factor.to(p.grad.dtype))

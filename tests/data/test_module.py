@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from data.label_pairs import write_pair
 from data.shades import Shades, Strategy, flat, make_module
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -18,9 +19,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
+from beit_pretrain.data import shapes
 from beit_pretrain.data.module import BatchPlan, DataModule
 from beit_pretrain.data.sampler import mix
-from beit_pretrain.data.sources import Digits
+from beit_pretrain.data.sources import Digits, SceneSource
 from beit_pretrain.data.transforms import EvalView, ImageBatch, OneView, PretrainBatch
 from beit_pretrain.errors import ConfigError, DataError
 
@@ -109,6 +111,7 @@ def test_the_nearest_good_values_are_named() -> None:
 
 def test_impossible_numbers_are_refused_together() -> None:
     wrong: dict[str, Any] = {"workers": -1, "val_share": 1.0, "max_bad": 2.0, "train_limit": 0, "repeats": 0}
+    wrong |= {"epoch_steps": 0}
     with pytest.raises(ConfigError) as caught:
         make_module(Shades(9), batch_size=0, micro_batch_size=0, **wrong)
     keys = ["batch_size=0", "micro_batch_size=0", *(f"data.{key}={value}" for key, value in wrong.items())]
@@ -124,6 +127,27 @@ def test_an_epoch_has_whole_batches_only_or_as_many_as_were_asked_for() -> None:
     assert make_module(Shades(100), val_share=0.0, limit_steps=5).steps_per_epoch == 5
     assert make_module(Shades(100), val_share=0.0, limit_steps=50).steps_per_epoch == 12
     assert len(list(make_module(Shades(100), limit_steps=2, micro_batch_size=4).train_dataloader())) == 4
+
+
+def test_an_epoch_can_be_shorter_and_still_meets_every_image_in_time() -> None:
+    def module(steps: int | None, **changes: Any) -> DataModule:
+        return make_module(Shades(100), val_share=0.0, epoch_steps=steps, **changes)
+
+    assert module(7).steps_per_epoch == 7 and module(12).steps_per_epoch == 12
+    assert module(7, limit_steps=2).steps_per_epoch == 2 and module(2, limit_steps=7).steps_per_epoch == 2
+    with pytest.raises(
+        ConfigError,
+        match=r"data\.epoch_steps=13 is more than the 12 batches of 8 that 100 .*set it to 12 or less",
+    ):
+        _ = module(13).steps_per_epoch
+    short = module(3)
+    now = SimpleNamespace(global_step=0, global_rank=0, world_size=1, strategy=Strategy())
+    short.trainer = now  # pyright: ignore[reportAttributeAccessIssue]
+    seen = []
+    for now.global_step in range(0, 60, 3):
+        seen.append(torch.cat([batch.sample for batch in short.train_dataloader()]).tolist())
+        assert len(set(seen[-1])) == 24
+    assert len({sample for epoch in seen for sample in epoch}) == 100
 
 
 @pytest.mark.filterwarnings(FORK)
@@ -296,6 +320,39 @@ def test_the_configurations_of_class_folders_build(name: str, tmp_path: Path) ->
     batch = next(iter(module.train_dataloader()))
     assert batch.label.tolist() == [int(value) for value in batch.image[:, 0, 0, 0]]
     assert batch.view.tolist() == [0, 1] and len(batch.sample.unique()) == 1
+
+
+@pytest.mark.parametrize("name", ["ade20k", "image_masks"])
+def test_the_configurations_of_label_maps_build(name: str, tmp_path: Path) -> None:
+    for split, count in (("training", 6), ("validation", 3)):
+        for number in range(count):
+            write_pair(tmp_path, f"{number}", np.full((9, 8), number % 2), split)
+    given = {"ade20k": "objectInfo150.txt", "image_masks": "classes.txt"}[name]
+    (tmp_path / given).write_text("odd\neven")
+    node = _config(name, root=str(tmp_path), workers=0, check_label_maps=5)
+    assert node.pop("check_label_maps") == 5
+    if name == "ade20k":
+        with pytest.raises(Exception, match=r"has 2 names, not the 150 of data\.source"):
+            _assemble(node)
+        node["source"]["class_count"] = None
+    module = _assemble(node | {"train_limit": 5, "epoch_steps": 1})
+    assert {k: len(v) for k, v in module.splits.items()} == {"train": 5, "val": 3}
+    assert module.class_names == ["odd", "even"] and module.steps_per_epoch == 1
+    assert next(iter(module.train_dataloader())).image.shape == (2, 3, 8, 8)  # the images alone
+    assert isinstance(module.source, SceneSource)
+    expected = {"ade20k": [255, 0], "image_masks": [0, 1]}[name]  # 0 in the files is ADE20k's unlabelled
+    assert [int(module.source.label_map(i)[0, 0]) for i in (0, 1)] == expected
+
+
+def test_the_configuration_of_the_drawn_scenes_builds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(shapes, "SCENES", {"training": 5, "validation": 2})
+    node = _config("shapes", root=str(tmp_path / "scenes"), workers=0)
+    assert node.pop("check_label_maps") == 200
+    module = _assemble(node)
+    assert {k: len(v) for k, v in module.splits.items()} == {"train": 5, "val": 2}
+    assert module.class_names[:2] == ["sky", "ground"]
 
 
 @pytest.mark.parametrize("name", ["torchvision", "huggingface"])

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from beit_pretrain.label_maps import panels
+
 MakeRun = Callable[..., Path]
 
 
@@ -57,10 +59,15 @@ def fake_run(
         "model:\n  depth: 4\n  width: 96\n  heads: 3\ntokenizer:\n  checkpoint: runs/quickstart/tokenizer\n"
     )
     curves = {"pretrain": _pretrain, "tokenizer": _tokenizer, "classify": _classify, "probe": _probe}
+    curves["segment"] = _segment
     _write_csv(folder / "metrics.csv", curves[stage](rng, steps, every) if stage in curves else [])
     _write_csv(folder / "timing.csv", _timing(rng, steps, every))
     for step in np.linspace(0, steps, sheets).astype(int) if stage in ("tokenizer", "pretrain") else ():
         _sheet(rng, step / steps, stage, side).save(folder / "pictures" / f"step-{step:08d}.png")
+    if stage == "segment":
+        (folder / "pictures" / "worst").mkdir()
+        for number in range(3):
+            _worst(rng, number).save(folder / "pictures" / "worst" / f"{number}.png")
     if stage == "pretrain":
         _masks(rng).save(folder / "pictures" / "masks.png")
     (folder / "results.json").write_text(json.dumps({**_results(name, stage, steps), **(results or {})}))
@@ -131,6 +138,26 @@ def _probe(rng: np.random.Generator, steps: int, every: int) -> list[dict[str, f
     return found
 
 
+def _segment(rng: np.random.Generator, steps: int, every: int) -> list[dict[str, float]]:
+    found = []
+    for step in range(every, steps + 1, every):
+        done = step / steps
+        main, second = 0.4 + 1.9 * np.exp(-6 * done), 0.6 + 1.6 * np.exp(-5 * done)
+        row = {
+            "step": step,
+            "train/loss": main + 0.4 * second,
+            "train/decode": main,
+            "train/auxiliary": second,
+        }
+        row |= {key: value + rng.normal(0, 0.05) for key, value in row.items() if key != "step"}
+        row |= {"train/accuracy": 0.85 - 0.6 * np.exp(-5 * done), "train/lr": 1e-3 * (1 - done)}
+        found.append(row | {"train/lr_min": 1e-5 * (1 - done), "train/grad_norm": 1 + rng.random()})
+        if step % (steps // 10) < every:
+            miou = 0.512 - 0.45 * np.exp(-5 * done)
+            found.append({"step": step, "val/miou": miou, "val/macc": miou + 0.1, "val/aacc": miou + 0.3})
+    return found
+
+
 def _timing(rng: np.random.Generator, steps: int, every: int) -> list[dict[str, float]]:
     at = range(every, steps + 1, every)
     share = rng.uniform(0.01, 0.04, len(at))
@@ -158,6 +185,8 @@ def _results(name: str, stage: str, steps: int) -> dict[str, Any]:
         return found | {"probe": _probe_section(), "knn": _knn_section(), "steps": steps}
     if stage == "classify":
         return found | _classify_results(steps)
+    if stage == "segment":
+        return found | _segment_results(steps)
     found |= {"steps": steps, "epochs": 40, "parameters": 512_384}
     if stage == "pretrain":
         found["metrics"] = {
@@ -249,6 +278,51 @@ def _classify_results(steps: int) -> dict[str, Any]:
     start = {"path": "runs/quickstart/pretrain", "report": lines}
     sizes = {"train_images": 200, "steps": steps, "epochs": 40, "parameters": 512_384}
     return {"metrics": metrics, "classification": classification, "init_from": start, **sizes}
+
+
+SCENE = ["sky", "ground", "disc", "net", "pole", "ring"]
+
+
+def _segment_results(steps: int) -> dict[str, Any]:
+    """Six classes on 200 held-out images; the net is neither labelled nor predicted, the ring predicted only."""
+    section: dict[str, Any] = {
+        "split": "val",
+        "classes": SCENE,
+        "iou": [0.91, 0.88, 0.402, None, 0.114, 0.0],
+        "accuracy": [0.95, 0.93, 0.61, None, 0.2, None],
+        "pixels": [60_000, 30_000, 9_950, 0, 50, 0],
+        "mistakes": [[2, 0, 3000], [0, 1, 1500], [2, 5, 880], [4, 0, 40]],
+        "ignored": 0.048,
+        "how": "sliding windows of 64 x 64, stride 42 x 42; one scale",
+        "worst": [
+            {
+                "name": f"val/{n}.png",
+                "miou": 0.1 + n / 10,
+                "accuracy": 0.4,
+                "picture": f"pictures/worst/{n}.png",
+            }
+            for n in range(3)
+        ],
+    }
+    section["look"] = {"label_maps": 160, "share": [0.6, 0.3, 0.09, 0.00995, 0.00005, 0.0], "ignored": 0.051}
+    section["look"]["remarks"] = ["1 class never occurs: ring"]
+    metrics = {"val/miou": 0.4612, "val/macc": 0.6725, "val/aacc": 0.9401, "val/images": 200}
+    start = {"path": "runs/shapes/pretrain", "report": ["loaded: 48 keys"]}
+    sizes = {"train_images": 1600, "steps": steps, "epochs": 40, "parameters": 512_384}
+    return {"metrics": metrics, "segmentation": section, "init_from": start, **sizes}
+
+
+def _worst(rng: np.random.Generator, number: int) -> Image.Image:
+    """A scene of 64 x 80 whose prediction is a little to the right of the truth."""
+    y, x = np.mgrid[:64, :80]
+    truth = (y > 40).astype(np.uint8)
+    truth[(y - 30) ** 2 + (x - 20 - 9 * number) ** 2 < 150] = 2
+    truth[:, 70:72] = 4
+    truth[60:] = 255
+    image = np.array([[90, 140, 220], [90, 110, 60], [200, 60, 40], [0, 0, 0], [250, 240, 90]])[truth % 5]
+    noisy = np.clip(image + rng.normal(0, 12, image.shape), 0, 255).astype(np.uint8)
+    predicted = np.roll(np.where(truth == 255, 1, truth).astype(np.uint8), 5, axis=1)
+    return panels(noisy, truth, predicted, SCENE, f"{number}.png: mIoU {10 + 10 * number}.0%")
 
 
 def _write_csv(path: Path, found: list[dict[str, float]]) -> None:

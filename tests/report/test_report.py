@@ -53,7 +53,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "pretrain", "knn", "classify", "probe"])
+@pytest.mark.parametrize("stage", ["tokenizer", "pretrain", "knn", "classify", "probe", "segment"])
 def test_a_page_holds_everything_it_shows(make_run, stage: str) -> None:
     run = make_run(stage=stage)
     path = make_report(run)

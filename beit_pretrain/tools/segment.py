@@ -1,0 +1,171 @@
+"""A trained segmentation on images of any size and kind: coloured over each image, and as numbers."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from beit_pretrain.build import build_stage
+from beit_pretrain.checkpoint import files, record
+from beit_pretrain.data.decode import decode
+from beit_pretrain.data.folder import is_image
+from beit_pretrain.dense import Sliding
+from beit_pretrain.devices import ACCELERATORS, accelerator
+from beit_pretrain.errors import BeitError, CheckpointError, DataError
+from beit_pretrain.label_maps import label_png, overlay
+from beit_pretrain.origins import load_strictly
+from beit_pretrain.stages.segment import Segment
+
+KEY = "CHECKPOINT"
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --multi-scale: those of the published scores
+ENDINGS = (".overlay.png", ".labels.png")
+NAMED = 3  # classes in an image's line
+
+
+def segment(
+    checkpoint: Path,
+    images: Sequence[Path],
+    *,
+    out: Path,
+    multi_scale: bool,
+    whole: bool,
+    alpha: float,
+    device: str,
+) -> int:
+    """Write the overlay and the label map of each image below `out`; 1 if an image could not be read, else 0.
+
+    Raises BeitError if the checkpoint, the device or the images as a whole cannot be used, before anything is
+    written, and if a file cannot be written.
+    """
+    where = _device(device)
+    todo = _outputs(images, out)
+    stage, shift = _load(checkpoint)
+    stage.to(where)
+    stage.sliding = _sliding(stage.sliding, multi_scale=multi_scale, whole=whole)
+    print(f"{_count(len(todo))}; {stage.sliding.describe()}", flush=True)
+    unreadable = []
+    for target, path in todo.items():
+        try:
+            image = decode(path.read_bytes())
+        except (DataError, OSError) as error:
+            unreadable.append(f"  {path}: {error.strerror if isinstance(error, OSError) else error}")
+            continue
+        began = time.monotonic()
+        label_map = stage.predict(image.to(where)).cpu().numpy()
+        seconds = time.monotonic() - began
+        _write(target, image, label_map, stage.classes, alpha=alpha, shift=shift)
+        height, width = label_map.shape
+        print(
+            f"{path}: {height} x {width}, {seconds:.1f} s; {_largest(label_map, stage.classes)}", flush=True
+        )
+    print(f"{_count(len(todo) - len(unreadable))} segmented, written to {out}")
+    if unreadable:
+        print(f"{len(unreadable)} could not be read:", *unreadable, sep="\n")
+    return 1 if unreadable else 0
+
+
+def _device(asked: str) -> torch.device:
+    if asked not in ACCELERATORS:
+        raise BeitError(f"--device {asked}: set one of {', '.join(ACCELERATORS)}")
+    kind = accelerator(asked)
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, True):
+        raise BeitError(f"--device {asked}, but there is no such GPU here: set it to auto or cpu")
+    return torch.device(kind)
+
+
+def _load(path: Path) -> tuple[Segment, bool]:
+    """The trained stage, and whether the classes of its data set's files begin at 1 (0 is none)."""
+    saved = record.read(path, key=KEY)
+    about = saved["beit_pretrain"]
+    cfg = DictConfig(about["config"])
+    if cfg.stage.name != "segment":
+        raise CheckpointError(
+            f"{KEY}={path} is of stage={cfg.stage.name}, which gives no class to a pixel: give a run of stage=segment"
+        )
+    cfg.stage.compile = False  # it would take longer than a few images
+    stage = cast(Segment, build_stage(cfg, about["preprocessing"]["class_names"]))
+    for part in ("encoder", "head"):
+        load_strictly(getattr(stage, part), record.part(saved, part, key=KEY), f"{KEY}={path}")
+    return stage.eval(), about["preprocessing"]["reduce_zero_label"]
+
+
+def _sliding(trained: Sliding, *, multi_scale: bool, whole: bool) -> Sliding:
+    """The prediction as the run has it, but for what is asked for here."""
+    one_window = whole or trained.mode == "whole"
+    return Sliding(
+        crop=trained.crop,
+        patch_size=trained.patch_size,
+        mode="whole" if one_window else "slide",
+        stride=None if one_window else trained.stride,
+        scales=SCALES if multi_scale else trained.scales,
+        flip=multi_scale or trained.flip,
+        windows=trained.windows,
+    )
+
+
+def _outputs(given: Sequence[Path], out: Path) -> dict[Path, Path]:
+    """Each image by the path that its results begin with: below a given folder as it lies there.
+
+    Raises DataError if two images, or an image and a result, would share a file.
+    """
+    found: dict[Path, Path] = {}
+    for path, below in _images(given):
+        target = out / below.with_suffix("")
+        other = found.setdefault(target, path)
+        if other.resolve() != path.resolve():  # the same one may be given twice
+            raise DataError(
+                f"{other} and {path} would both become {target}{ENDINGS[0]}: segment one of them into another "
+                "folder (--out), or rename it"
+            )
+    inputs = {path.resolve() for path in found.values()}
+    for target in found:
+        for result in (Path(f"{target}{ending}").resolve() for ending in ENDINGS):
+            if result in inputs:
+                raise DataError(f"{result} is one of the images and would be written over: set another --out")
+    return found
+
+
+def _images(given: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
+    """Paths of images as given or below a folder, and each without that folder; earlier results are passed over."""
+    for entry in given:
+        if not entry.is_dir():
+            yield entry, Path(entry.name)
+            continue
+        below = sorted(
+            path
+            for path in entry.rglob("*")
+            if is_image(os.fsencode(path.name)) and not path.name.endswith(ENDINGS) and path.is_file()
+        )
+        if not below:
+            raise DataError(f"{entry} holds no images: give a folder that does, or files")
+        yield from ((path, path.relative_to(entry)) for path in below)
+
+
+def _write(
+    target: Path, image: Tensor, label_map: np.ndarray, names: Sequence[str], *, alpha: float, shift: bool
+) -> None:
+    """Both files of an image (3, H, W); the numbers first, since a picture is what one looks at."""
+    files.write_bytes(Path(f"{target}{ENDINGS[1]}"), label_png(label_map, len(names), shift=shift))
+    buffer = io.BytesIO()
+    overlay(image.permute(1, 2, 0).numpy(), label_map, names, alpha).save(buffer, "PNG")
+    files.write_bytes(Path(f"{target}{ENDINGS[0]}"), buffer.getvalue())
+
+
+def _largest(label_map: np.ndarray, names: Sequence[str]) -> str:
+    pixels: Any = np.bincount(label_map.ravel(), minlength=len(names))
+    order = [i for i in np.argsort(-pixels, kind="stable")[:NAMED] if pixels[i]]
+    return ", ".join(f"{names[i]} {pixels[i] / label_map.size:.1%}" for i in order)
+
+
+def _count(images: int) -> str:
+    return f"{images:,} image{'' if images == 1 else 's'}"
