@@ -72,7 +72,7 @@ def _adopt_tuned(cfg: DictConfig, explicit: Mapping[str, str]) -> None:
     given = {k: OmegaConf.select(cfg, k) for k in explicit if k in decided}
     theirs = OmegaConf.create(saved)
     for name in decided:
-        OmegaConf.update(cfg, name, OmegaConf.select(theirs, name))
+        OmegaConf.update(cfg, name, OmegaConf.select(theirs, name), merge=False)
     _raise_if(faults + _disagreement(cfg, given, explicit, key))
 
 

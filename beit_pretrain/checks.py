@@ -101,6 +101,9 @@ def _numbers(cfg: DictConfig) -> Faults:
     for key in ("data.workers", "seed"):
         if not is_whole(value := OmegaConf.select(cfg, key), 0):
             yield f"{key}={show(value)}: set a whole number from 0"
+    looked_at = OmegaConf.select(cfg, "data.check_label_maps")
+    if looked_at is not None and not is_whole(looked_at, 1):
+        yield f"data.check_label_maps={show(looked_at)}: set a whole number from 1, or null for all"
     for key in ("val_share", "max_bad"):
         if not isinstance(value := cfg.data[key], int | float) or not 0 <= value < 1:
             yield f"data.{key}={show(value)} is no share: set a number from 0 to below 1"
@@ -142,7 +145,7 @@ def _model(cfg: DictConfig) -> Faults:
     shape = {key: cfg.model[key] for key in ("width", "depth", "heads")}
     if wrong := {key: value for key, value in shape.items() if not is_whole(value, 1)}:
         yield from (f"model.{key}={show(value)}: set a whole number from 1" for key, value in wrong.items())
-    elif sides_of(cfg.image_size) and is_whole(cfg.model.patch_size, 1) and not _uncut(cfg):
+    elif _fits(cfg):
         yield from _built("model", cfg.model)[1]
     if cfg.model.rel_pos == "none" and cfg.model.abs_pos is False:
         yield (
@@ -156,6 +159,11 @@ def _uncut(cfg: DictConfig) -> list[str]:
     return _indivisible(
         "image_size", sides_of(cfg.image_size) or [], "model.patch_size", cfg.model.patch_size
     )
+
+
+def _fits(cfg: DictConfig) -> bool:
+    """Whether the image is whole patches; where not, other checks say so."""
+    return bool(sides_of(cfg.image_size)) and is_whole(cfg.model.patch_size, 1) and not _uncut(cfg)
 
 
 def _tokenizer(cfg: DictConfig) -> tuple[list[int] | None, int, list[str]]:
@@ -215,16 +223,16 @@ def _indivisible(key: str, sides: Sequence[int], name: str, unit: int) -> list[s
 
 def _masks(cfg: DictConfig) -> Faults:
     """The generator says for itself what it cannot do."""
-    fit = sides_of(cfg.image_size) and is_whole(cfg.model.patch_size, 1) and not _uncut(cfg)
-    if cfg.stage.name == "pretrain" and fit:
+    if cfg.stage.name == "pretrain" and _fits(cfg):
         yield from _built("masking", cfg.masking)[1]
 
 
 def _recipe(cfg: DictConfig) -> Faults:
     if cfg.stage.name != "knn":
         yield from _built("stage.optim", cfg.stage.optim)[1]
-    if cfg.stage.name == "segment":
-        yield from _built("stage.predict", cfg.stage.predict)[1]
+    if cfg.stage.name == "segment" and _fits(cfg):
+        for part in ("predict", "views"):
+            yield from _built(f"stage.{part}", cfg.stage[part])[1]
 
 
 def _mixing(cfg: DictConfig) -> Faults:

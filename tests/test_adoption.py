@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from classifiers import save_classifier
 from runs import DIGITS_TOKENIZER, pretrain, save_run
+from segmenters import save_segmenter
 
 from beit_pretrain.compose import compose
 from beit_pretrain.errors import ConfigError
 
 CLASSIFY = ["stage=classify", "data=digits"]
+SEGMENT = ["stage=segment", "data=image_masks", "data.root=scenes"]
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +108,57 @@ def test_a_score_is_of_the_head_and_the_tables_that_are_there(tuned: Path) -> No
             compose([*CLASSIFY, f"init_from={tuned}", "mode=evaluate", f"{key}={other}"])
     # Trained on, the pooling may change: the norm is then left as initialised.
     assert compose([*CLASSIFY, f"init_from={tuned}", "stage.pooling=mean"]).stage.pooling == "mean"
+
+
+# --- segmentation -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def segmented(folder: Path) -> Path:
+    own = ["stage.blocks=[0,0,1,1]", "data.normalize.mean=[0.1,0.1,0.1]", "stage.auxiliary_weight=0.2"]
+    return save_segmenter(folder / "segmented", *own)
+
+
+def test_a_segmentation_takes_over_the_shape_of_what_it_starts_from(pretrained: Path, tuned: Path) -> None:
+    for start, size in ((pretrained, [32, 32]), (tuned, [32, 40])):
+        cfg = compose([*SEGMENT, f"init_from={start}"])
+        assert (cfg.model.name, cfg.model.width, cfg.model.depth) == ("micro", 24, 2)
+        assert cfg.image_size == cfg.stage.views.image_size == cfg.stage.predict.crop == size
+        assert (cfg.stage.predict.patch_size, cfg.stage.channels) == (4, 24)
+        assert (cfg.model.rel_pos, cfg.model.mask_token, cfg.data.normalize.mean[0]) == (
+            "per_layer",
+            False,
+            0.5,
+        )
+        larger = compose([*SEGMENT, f"init_from={start}", "image_size=[64,48]"])
+        assert larger.stage.predict.crop == [64, 48]
+
+
+def test_a_segmentation_that_goes_on_to_other_scenes_chooses_its_own_head(segmented: Path) -> None:
+    cfg = compose([*SEGMENT, f"init_from={segmented}"])
+    assert (cfg.stage.blocks, cfg.stage.channels, cfg.image_size) == (None, 24, [32, 40])
+
+
+@pytest.mark.parametrize("more", [[], ["experiment=segment_multi_scale"]], ids=["plain", "multi-scale"])
+def test_a_segmentation_is_scored_as_it_was_trained(segmented: Path, more: list[str]) -> None:
+    """Blocks, channels, tables, crop and pixels; the recipe of several scales asks for nothing else."""
+    cfg = compose([*SEGMENT, f"init_from={segmented}", "mode=evaluate", *more])
+    assert (cfg.model.width, cfg.model.depth, cfg.model.rel_pos) == (24, 2, "per_layer")
+    assert (cfg.stage.blocks, cfg.stage.channels) == ([0, 0, 1, 1], 8)
+    assert cfg.image_size == cfg.stage.predict.crop == [32, 40] and cfg.stage.predict.patch_size == 4
+    assert cfg.data.normalize.mean == cfg.stage.normalize.mean == [0.1, 0.1, 0.1]
+    assert len(cfg.stage.predict.scales) == (6 if more else 1) and cfg.stage.predict.flip is bool(more)
+
+
+def test_a_score_is_of_the_blocks_and_channels_that_are_there(segmented: Path) -> None:
+    for key, other, own in (("stage.channels", "9", "8"), ("stage.blocks", "[0,1,1,1]", "[0, 0, 1, 1]")):
+        says = f"^{re.escape(f'{key}={other}, but init_from was made with {own}: leave {key} out')}$"
+        with pytest.raises(ConfigError, match=says):
+            compose([*SEGMENT, f"init_from={segmented}", "mode=evaluate", f"{key}={other}"])
+
+
+def test_a_score_at_another_crop_and_of_other_pixels_may_be_asked_for(segmented: Path) -> None:
+    own = ["image_size=48", "data.normalize.std=[0.2,0.2,0.2]", "stage.predict.mode=whole"]
+    cfg = compose([*SEGMENT, f"init_from={segmented}", "mode=evaluate", *own])
+    assert cfg.stage.predict.crop == [48, 48] and cfg.stage.predict.mode == "whole"
+    assert cfg.data.normalize == {"mean": [0.1, 0.1, 0.1], "std": [0.2, 0.2, 0.2]}

@@ -11,6 +11,7 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from runs import pretrain, save_pretrained, save_run, save_tokenizer
+from segmenters import save_segmenter
 
 from beit_pretrain.checkpoint import files
 from beit_pretrain.checks import check
@@ -20,6 +21,8 @@ from beit_pretrain.errors import ConfigError
 CPU = "trainer.accelerator=cpu"
 DALLE = ["stage=pretrain", "model=small", "tokenizer=dalle", "batch_size=64", CPU]
 KNN = ["stage=knn", "data=digits"]
+SEGMENT = ["stage=segment", "data=image_masks", "data.root=scenes", "model=micro", "image_size=[32,48]"]
+SEGMENT += ["batch_size=8", CPU]
 
 
 @pytest.fixture(scope="module")
@@ -313,11 +316,81 @@ def test_folders_without_images_are_named(tmp_path: Path) -> None:
     assert root(f"[{tmp_path}/full,{tmp_path}/empty,/no/where]").count("set data.root") == 2
 
 
+# --- segmentation -----------------------------------------------------------------------------------------
+
+
+def test_a_sound_segmentation_passes(pretrained: Path) -> None:
+    assert faults(*SEGMENT) == []
+    assert faults(*SEGMENT[:3], "batch_size=8", CPU, f"init_from={pretrained}", "image_size=[48,64]") == []
+
+
+def test_a_prediction_says_for_itself_what_it_cannot_do() -> None:
+    wrong = ["stage.predict.scales=[]", "stage.predict.stride=[40,40]", "stage.predict.windows=0"]
+    assert [fault.partition("=")[0] for fault in faults(*SEGMENT, *wrong)] == [
+        "stage.predict.stride",
+        "stage.predict.scales",
+        "stage.predict.windows",
+    ]
+    stride = ["stage.predict.mode=whole", "stage.predict.stride=[8,8]"]
+    assert the_fault(*SEGMENT, *stride).endswith(": set stage.predict.stride=null")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.check_label_maps=0", "data.check_label_maps=0: set a whole number from 1, or null for all"),
+        ("image_size=[50,64]", "image_size=[50,64] cannot be divided by model.patch_size=4"),
+        ("stage.predict.scales=[0]", "stage.predict.scales=[0]: set a list of one or more numbers above 0"),
+        ("stage.views.scale=2", "stage.views: an option is of a wrong kind"),
+    ],
+)
+def test_an_option_of_a_segmentation_is_refused_once(override: str, says: str) -> None:
+    found = faults(*SEGMENT, "batch_size=8", CPU, override)
+    assert len(found) == 1 and found[0].startswith(says), found
+
+
+def test_the_schedule_of_a_segmentation_is_checked() -> None:
+    fault = the_fault(*SEGMENT, "stage.optim.schedule=linear")
+    assert fault == "stage.optim.schedule=linear: must be one of cosine, poly"
+    assert "stage.optim.power=0: must be a number above 0" in the_fault(*SEGMENT, "stage.optim.power=0")
+
+
+def test_batch_norm_needs_two_images_at_a_time(tmp_path: Path) -> None:
+    says = "stage=segment normalises over the images that are seen at a time, of which there is one: set micro_batch"
+    assert the_fault(*SEGMENT, "micro_batch_size=1").startswith(says)
+    assert the_fault(*SEGMENT, "batch_size=1").startswith(says)
+    assert faults(*SEGMENT, "micro_batch_size=1", "trainer.devices=2") == []
+    # To be scored an image may come alone.
+    scored = [*SEGMENT[:3], "mode=evaluate", "micro_batch_size=1", CPU]
+    assert faults(*scored, f"init_from={save_segmenter(tmp_path / 'run')}") == []
+
+
+def test_published_recipes_normalise_as_imagenet_whatever_the_encoder_saw(tmp_path: Path) -> None:
+    """Their encoders saw pixels with mean and spread 0.5; others have to be told."""
+    start = save_segmenter(tmp_path / "run", "data.normalize.mean=[0.1,0.1,0.1]")
+    plain = [*SEGMENT[:3], "batch_size=8", CPU, f"init_from={start}"]
+    assert the_fault(*plain).endswith("set 'data.normalize.mean=[0.1,0.1,0.1]'")
+    assert all_faults(*plain, "data.normalize.mean=[0.2,0.2,0.2]") == []
+    recipe = ["stage=segment", "experiment=segment_base_512", "data.root=scenes", CPU, f"init_from={start}"]
+    small = ["model=micro", "model.width=24", "model.depth=2", "image_size=32"]
+    assert all_faults(*recipe, *small) == []
+
+
+def all_faults(*overrides: str) -> list[str]:
+    """As the command has it, which knows what was set by hand."""
+    try:
+        check(compose(overrides), overrides)
+    except ConfigError as error:
+        return error.faults
+    return []
+
+
 # --- the stage itself -------------------------------------------------------------------------------------
 
 
 def test_a_stage_must_be_chosen() -> None:
     assert the_fault() == (
-        "no stage is given: set stage=tokenizer, stage=pretrain, stage=classify, stage=probe or stage=knn"
+        "no stage is given: set stage=tokenizer, stage=pretrain, stage=classify, stage=probe, stage=segment or "
+        "stage=knn"
     )
     assert the_fault("chain=quickstart").startswith("chain=quickstart cannot be one job of a sweep")

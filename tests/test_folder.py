@@ -81,6 +81,22 @@ def test_where_and_how_a_run_goes_may_change(config: dict[str, Any], override: s
     assert any(line.startswith(override.lstrip("~").partition("=")[0]) for line in harmless)
 
 
+def test_how_a_segmentation_is_watched_and_how_fast_it_predicts_may_change_but_not_what() -> None:
+    segment = ["stage=segment", "data=shapes"]
+    before = plain(compose(segment))
+
+    def now(*overrides: str) -> tuple[list[str], list[str]]:
+        return differences(before, plain(compose([*segment, *overrides])))
+
+    assert now("data.check_label_maps=50", "stage.predict.windows=9") == (
+        ["data.check_label_maps: 200 -> 50", "stage.predict.windows: 4 -> 9"],
+        [],
+    )
+    for override in ("stage.predict.flip=true", "stage.channels=9", "data.epoch_steps=5"):
+        harmless, harmful = now(override)
+        assert not harmless and harmful[0].startswith(override.partition("=")[0])
+
+
 @pytest.mark.parametrize("override", ["name=other", "runs=elsewhere", "overwrite=true", "dry_run=true"])
 def test_where_a_folder_lies_is_no_part_of_a_run(config: dict[str, Any], override: str) -> None:
     now = plain(compose(["stage=pretrain", "tokenizer=dalle", override]))

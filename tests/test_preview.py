@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from data.label_pairs import write_pair
 from omegaconf import DictConfig
 from runs import DIGITS_TOKENIZER, pretrain, save_pretrained, save_tokenizer
 from torch import Tensor
@@ -19,7 +21,12 @@ from beit_pretrain.cli import main
 from beit_pretrain.compose import compose
 from beit_pretrain.folder import plain
 from beit_pretrain.models.beit import Beit
-from beit_pretrain.preview import encoder_activations, preview, saved_for_backward
+from beit_pretrain.preview import (
+    encoder_activations,
+    preview,
+    saved_for_backward,
+    segmentation_activations,
+)
 from beit_pretrain.run import run
 
 CPU = "trainer.accelerator=cpu"
@@ -121,6 +128,24 @@ def test_a_tokenizer_training_is_described(capsys: pytest.CaptureFixture[str]) -
     assert rows["updates"].startswith("11 an epoch")
     assert "hidden patches" not in rows and "patches" not in rows
     assert "counted on one image" in rows["of each pass"]
+
+
+def test_a_segmentation_is_described(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for number in range(11):
+        write_pair(tmp_path, f"a/{number}", [[0, 1, 2]])
+    (tmp_path / "classes.txt").write_text("wall\nfloor\nsky\n")
+    own = ["stage=segment", "data=image_masks", f"data.root={tmp_path}", "model=micro", "image_size=[32,48]"]
+    cfg = compose([*own, CPU, "batch_size=4", "stage.epochs=5", "data.val_share=0.1", "stage.channels=16"])
+    _, rows = shown(capsys, cfg)
+    stage = build_stage(cfg, ["wall", "floor", "sky"])
+    for part in ("encoder", "head"):
+        count = sum(p.numel() for p in stage.get_submodule(part).parameters())
+        assert rows[f"parameters, {part}"] == f"{count:,}"
+    assert rows["training images"] == "9, and 2 held out"
+    assert rows["updates"] == "2 an epoch x 5 epochs = 10"
+    assert rows["patches"] == "8 x 12 = 96, from 32 x 48 pixels" and rows["classes"] == "3"
+    groups = {k: v.split() for k, v in rows.items() if k.startswith("layer_")}
+    assert groups["layer_5_decay"][2:] == ["1", "7.00e-04", "0.05"]  # neck and heads, above four blocks
 
 
 def test_knn_shows_the_encoder_alone(
@@ -228,6 +253,29 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(more: list[str]
     measured = kept_by_autograd(Beit(**options), torch.randn(images, 3, *cfg.model.image_size))
     estimate = images * encoder_activations(cfg, stage, plain=True)
     assert estimate == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("size", ["32", "[64,48]"])
+def test_the_heads_of_a_segmentation_are_counted_as_autograd_keeps_them(size: str) -> None:
+    own = ["stage=segment", "model=micro", f"image_size={size}", "stage.channels=16", "data.root=scenes"]
+    cfg = compose([*own, "data=image_masks"])
+    stage: Any = build_stage(cfg, [str(i) for i in range(20)])
+    images, grid = 6, stage.encoder.grid
+    maps = [torch.randn(images, cfg.model.width, *grid, requires_grad=True) for _ in range(4)]
+    target = torch.randint(20, (images, *cfg.model.image_size))
+    kept: dict[int, torch.UntypedStorage] = {}
+    own_places = {p.untyped_storage().data_ptr() for p in stage.head.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        stage.losses(maps, target)
+    measured = sum(storage.nbytes() for place, storage in kept.items() if place not in own_places)
+    with torch.device("meta"):
+        described = build_stage(cfg, stage.classes)
+    assert images * segmentation_activations(cfg, described) == pytest.approx(measured, rel=0.03)
 
 
 def test_checkpointing_shows_in_the_estimate(tokenizer: Path) -> None:

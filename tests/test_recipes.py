@@ -1,4 +1,4 @@
-"""The ImageNet recipes against tables worked out by hand from the paper and the authors' published commands."""
+"""The recipes against tables worked out by hand from the paper and the authors' published commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from beit_pretrain.build import make
+from beit_pretrain.build import build_stage, make
 from beit_pretrain.chain import link_overrides
 from beit_pretrain.compose import choices, compose, config_dir, flat_keys
 from beit_pretrain.models.heads import ClassHead, MIMHead
@@ -108,7 +108,7 @@ every_recipe = pytest.mark.parametrize("name", RECIPES)
 
 
 def stage_of(name: str) -> str:
-    return "pretrain" if name.startswith("pretrain") else "classify"
+    return {"pretrain": "pretrain", "finetune": "classify", "segment": "segment"}[name.split("_")[0]]
 
 
 def size_of(name: str) -> str:
@@ -146,8 +146,9 @@ def groups(name: str) -> list[dict[str, Any]]:
 
 
 def test_the_tables_hold_every_recipe() -> None:
-    known = [name for name in choices("experiment") if name.startswith(("pretrain_", "finetune_"))]
-    assert known == sorted(RECIPES)
+    kinds = ("pretrain_", "finetune_", "segment_")
+    known = [name for name in choices("experiment") if name.startswith(kinds)]
+    assert known == sorted([*RECIPES, *SEGMENT, "segment_multi_scale"])
     assert RECIPES.keys() == SCHEDULES.keys()
     assert PEAKS.keys() == {name for name in RECIPES if stage_of(name) == "classify"}
 
@@ -260,6 +261,137 @@ def test_the_model_has_the_published_number_of_parameters(name: str) -> None:
     assert count == int(RECIPES[name]["parameters"])
 
 
+# --- ADE20k -------------------------------------------------------------------------------------------------
+
+# 160,000 updates of 16 images; ADE20k has 20,210 to train on, 1,263 batches and a rest: 128 epochs of 1,250.
+# L at 640 was published as 320,000 passes of 8 images, two to an update, with a ramp of 3,000 passes: the same.
+# Images are brought into `px` by 4 x `px` pixels; windows lie two thirds of a crop apart, rounded down.
+# Parameters, as published: encoder, neck and both heads of 150 classes.
+SEGMENT = rows("""
+recipe                from               px  long stride lr   decay drop_path layer_scale channels parameters
+segment_base_512      pretrain           512 2048 341    7e-4 0.65  0.1       0.1         768      163080812
+segment_base_22k_512  finetune_base_22k  512 2048 341    3e-5 0.9   0.1       0.1         768      163080812
+segment_base_22k_640  finetune_base_22k  640 2560 426    3e-5 0.9   0.1       0.1         768      163407980
+segment_large_22k_512 finetune_large_22k 512 2048 341    2e-5 0.95  0.2       1e-6        1024     440398636
+segment_large_22k_640 finetune_large_22k 640 2560 426    2e-5 0.95  0.2       1e-6        1024     441271084
+""")
+
+# As `PEAKS`, and 0.9^12 = 0.2824295  0.9^7 = 0.4782969  0.95^25 = 0.2773896  0.95^24 = 0.2919890  0.95^13 = 0.5133421
+SEGMENT_PEAKS = rows("""
+recipe                stem         first        middle       last    head
+segment_base_512      2.5880441e-6 3.9816063e-6 3.4315595e-5 4.55e-4 7e-4
+segment_base_22k_512  7.6255975e-6 8.4728861e-6 1.4348907e-5 2.7e-5  3e-5
+segment_base_22k_640  7.6255975e-6 8.4728861e-6 1.4348907e-5 2.7e-5  3e-5
+segment_large_22k_512 5.5477915e-6 5.8397805e-6 1.0266842e-5 1.9e-5  2e-5
+segment_large_22k_640 5.5477915e-6 5.8397805e-6 1.0266842e-5 1.9e-5  2e-5
+""")
+
+# Share of the peak at an update: a line from 1 to 0 over all, in the first 1,500 times one from 1e-6 to 1.
+# 750: (1 - 750 / 160,000) (0.5 + 0.5e-6); 1,499: 0.99063125 x 0.999333334
+SEGMENT_SCHEDULE = {
+    0: 1e-6,
+    750: 0.49765674765625,
+    1499: 0.9899708298,
+    1500: 0.990625,
+    80_000: 0.5,
+    159_999: 6.25e-6,
+}
+every_segmentation = pytest.mark.parametrize("name", SEGMENT)
+
+
+@cache
+def segmentation(name: str) -> Any:
+    """The stage without memory for its weights."""
+    with torch.device("meta"):
+        return build_stage(composed(name), [f"class {i}" for i in range(150)])
+
+
+@every_segmentation
+def test_segmentation_length_and_schedule(name: str) -> None:
+    cfg, row = composed(name), SEGMENT[name]
+    assert (cfg.batch_size, cfg.micro_batch_size, cfg.data.name) == (16, None, "ade20k")
+    assert cfg.data.epoch_steps == 1250 <= 20_210 // 16
+    assert cfg.data.epoch_steps * cfg.stage.epochs == 160_000
+    assert cfg.stage.epochs % cfg.trainer.evaluate_every == 0
+    recipe: Recipe = make(cfg.stage.optim)
+    for step, share in SEGMENT_SCHEDULE.items():
+        assert learning_rate(recipe, step, 1250, 160_000) == pytest.approx(float(row["lr"]) * share, rel=1e-9)
+    assert {weight_decay(recipe, step, 160_000) for step in (0, 1500, 159_999)} == {0.05}
+
+
+@every_segmentation
+def test_the_peak_of_each_layer_in_segmentation(name: str) -> None:
+    groups = segmentation(name).parameter_groups()
+    lr = {parameter: group["lr"] for group in groups for parameter in group["names"]}
+    top = {"base": 11, "large": 23}[size_of(name)]
+    named = {
+        "stem": ("encoder.cls_token", "encoder.patch_embed.proj.weight"),
+        "first": ("encoder.blocks.0.norm1.weight", "encoder.blocks.0.attn.relative_position_bias_table"),
+        "middle": (f"encoder.blocks.{top // 2}.mlp.fc2.weight",),
+        "last": (f"encoder.blocks.{top}.gamma_1", f"encoder.blocks.{top}.attn.q_bias"),
+        "head": tuple(parameter for parameter in lr if parameter.startswith("head.")),
+    }
+    assert len(named["head"]) > 50
+    for place, parameters in named.items():
+        for parameter in parameters:
+            assert lr[parameter] == pytest.approx(float(SEGMENT_PEAKS[name][place]), rel=1e-6), parameter
+    assert len(groups) == 2 * (top + 3)
+
+
+@every_segmentation
+def test_adamw_in_segmentation(name: str) -> None:
+    optim = composed(name).stage.optim
+    assert (list(optim.betas), optim.eps, optim.clip) == ([0.9, 0.999], 1e-8, None)
+    assert optim.layer_decay == float(SEGMENT[name]["decay"])
+    for group in segmentation(name).parameter_groups():
+        for parameter, value in zip(group["names"], group["params"], strict=True):
+            free = value.ndim == 1 or parameter == "encoder.cls_token"
+            assert group["weight_decay"] == (0.0 if free else 0.05), parameter
+
+
+@every_segmentation
+def test_the_segmenter_and_what_it_sees(name: str) -> None:
+    cfg, row, stage = composed(name), SEGMENT[name], segmentation(name)
+    side, stride = int(row["px"]), int(row["stride"])
+    assert cfg.model.name == size_of(name) and list(cfg.model.image_size) == [side, side]
+    assert (cfg.model.rel_pos, cfg.model.mask_token) == ("per_layer", False)
+    assert (cfg.model.drop_path, cfg.model.layer_scale) == (
+        float(row["drop_path"]),
+        float(row["layer_scale"]),
+    )
+    assert OmegaConf.to_container(cfg.stage.normalize, resolve=True) == PIXELS["imagenet"]
+    views = stage.views
+    assert (views.image_size, views.resize, views.scale) == (
+        (side, side),
+        (side, int(row["long"])),
+        (0.5, 2.0),
+    )
+    assert (views.cat_max_ratio, views.flip, views.distortion) == (0.75, 0.5, True)
+    assert views.fill == [124, 116, 104]  # 0 once it is normalised
+    sliding = stage.sliding
+    assert (sliding.crop, sliding.stride, sliding.mode) == ((side, side), (stride, stride), "slide")
+    assert (sliding.scales, sliding.flip) == ((1.0,), False)
+    assert stage.blocks == {"base": [3, 5, 7, 11], "large": [7, 11, 15, 23]}[size_of(name)]
+    assert stage.auxiliary_weight == 0.4
+    head, channels = stage.head, int(row["channels"])
+    assert (
+        head.decode_head.conv_seg.in_channels == channels and head.auxiliary_head.conv_seg.in_channels == 256
+    )
+    assert head.decode_head.dropout.p == head.auxiliary_head.dropout.p == 0.1
+    assert sum(p.numel() for _, p in stage.trained_parameters()) == int(row["parameters"])
+
+
+@every_segmentation
+def test_a_segmentation_names_what_it_starts_from(name: str) -> None:
+    assert f" init_from=runs/{SEGMENT[name]['from']} " in text(name)
+    assert SEGMENT[name]["from"] == "pretrain" or size_of(name) == size_of(SEGMENT[name]["from"])
+
+
+def test_the_published_scores_of_several_scales_are_of_six_and_mirrored() -> None:
+    predict = compose(["stage=segment", "experiment=segment_multi_scale"]).stage.predict
+    assert predict.scales == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75] and predict.flip is True
+
+
 # --- the files ----------------------------------------------------------------------------------------------
 
 
@@ -267,7 +399,7 @@ def text(name: str) -> str:
     return (config_dir() / "experiment" / f"{name}.yaml").read_text()
 
 
-@every_recipe
+@pytest.mark.parametrize("name", [*RECIPES, *SEGMENT])
 def test_a_recipe_says_only_what_differs(name: str) -> None:
     own = yaml.safe_load(text(name))
     first, *others = own.pop("defaults")
@@ -344,3 +476,19 @@ def test_the_page_has_the_commands_of_the_files() -> None:
     for name in RECIPES:
         command = next(line.lstrip("# ") for line in text(name).splitlines() if "beit-train" in line)
         assert command in page, command
+
+
+# GFLOP of one image in training at 512 and 640: three times the forward pass of encoder and heads.
+GFLOP_SEGMENT = {"base 512": 3641, "base 640": 5790, "large 512": 7493, "large 640": 11978}
+
+
+def test_the_page_says_of_each_segmentation_what_it_is() -> None:
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in DOCS.read_text().splitlines()]
+    page = {cells[0].strip("`"): cells for cells in lines if len(cells) == 7}
+    for name, row in SEGMENT.items():
+        _, start, px, lr, decay, cost, published = page[name]
+        assert (px, lr, decay) == (row["px"], row["lr"], row["decay"])
+        assert start == ("a base pre-training" if row["from"] == "pretrain" else f"`{row['from']}`")
+        gflop = GFLOP_SEGMENT[f"{size_of(name)} {px}"]
+        assert float(cost) == pytest.approx(160_000 * 16 * gflop * 1e9 / (0.4 * 312e12) / 3600, rel=0.02)
+        assert re.findall(r"\b[45]\d\.\d\b", published) == re.findall(r"\b[45]\d\.\d\b", text(name))

@@ -185,19 +185,18 @@ def _at(logits: Tensor, target: Tensor) -> Tensor:
     return F.interpolate(logits.float(), size=target.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def _check(blocks: Sequence[int] | None, depth: int, channels: int, auxiliary_weight: float) -> None:
+def _check(blocks: Any, depth: int, channels: Any, auxiliary_weight: Any) -> None:
     faults = []
-    if blocks is not None:
-        given = list(blocks)
-        rising = all(0 <= a <= b for a, b in pairwise(given))
-        if len(given) != 4 or not rising or given[-1] != depth - 1:
-            faults.append(
-                f"stage.blocks={given}: set four blocks in rising order, the last one {depth - 1}, the encoder's last, "
-                f"such as {default_blocks(depth)}, or null for these"
-            )
-    if channels < 1:
-        faults.append(f"stage.channels={channels}: set 1 or more")
-    if auxiliary_weight < 0:
+    four = isinstance(blocks, Sequence) and len(blocks) == 4 and all(type(block) is int for block in blocks)
+    rising = four and all(0 <= a <= b for a, b in pairwise(blocks)) and blocks[-1] == depth - 1
+    if blocks is not None and not rising:
+        faults.append(
+            f"stage.blocks={blocks}: set four blocks in rising order, the last one {depth - 1}, the encoder's last, "
+            f"such as {default_blocks(depth)}, or null for these"
+        )
+    if type(channels) is not int or channels < 1:
+        faults.append(f"stage.channels={channels}: set a whole number from 1")
+    if not isinstance(auxiliary_weight, int | float) or auxiliary_weight < 0:
         faults.append(f"stage.auxiliary_weight={auxiliary_weight}: set 0 (no auxiliary loss) or more")
     if faults:
         raise ConfigError(faults)

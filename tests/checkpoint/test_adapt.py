@@ -18,6 +18,7 @@ from beit_pretrain.errors import CheckpointError
 from beit_pretrain.models.beit import Beit
 from beit_pretrain.models.heads import ClassHead, MIMHead
 from beit_pretrain.models.rel_pos import resize_table
+from beit_pretrain.models.upernet import SegmentationHead
 
 SIZE: dict[str, Any] = {"image_size": (32, 48), "patch_size": 8, "width": 24, "depth": 3, "heads": 2}
 PETS = ["cat", "dog", "hamster", "parrot"]
@@ -35,6 +36,14 @@ def classifier(classes: int = 4, pooling: Any = "mean", seed: int = 7, **changes
     module = nn.ModuleDict(
         {"encoder": encoder, "head": ClassHead(width=encoder.width, classes=classes, pooling=pooling)}
     )
+    strengthen(module, seed=seed)
+    return module
+
+
+def segmenter(classes: int = 4, channels: int = 10, seed: int = 9, **changes: Any) -> nn.ModuleDict:
+    encoder = Beit(**{**SIZE, "rel_pos": "per_layer", "mask_token": False, **changes})
+    head = SegmentationHead(width=encoder.width, channels=channels, classes=classes)
+    module = nn.ModuleDict({"encoder": encoder, "head": head})
     strengthen(module, seed=seed)
     return module
 
@@ -161,6 +170,46 @@ def test_pretraining_goes_on_at_another_resolution() -> None:
     _, report = moved(source, target)
     assert report.resized == ["encoder.rel_pos_bias.relative_position_bias_table 4 x 6 to 8 x 5"]
     assert not report.dropped and not report.fresh
+
+
+@pytest.mark.parametrize("source", [pretrained, classifier])
+def test_a_segmentation_begins_with_the_encoder_and_neck_and_heads_of_its_own(source: Any) -> None:
+    before, target = source(), segmenter(image_size=(64, 40))
+    fresh = {name: value.clone() for name, value in target["head"].state_dict().items()}
+    _, report = moved(before, target, PETS if source is classifier else None, PETS)
+    assert report.fresh == sorted(f"head.{name}" for name in fresh)
+    assert all(torch.equal(target["head"].state_dict()[name], value) for name, value in fresh.items())
+    gone = {line.split(" ")[0] for line in report.dropped} - {"encoder.mask_token"}
+    assert gone == {f"head.{name}" for name in before["head"].state_dict()}
+    assert sum("relative_position_bias_table" in line for line in report.resized) == 3
+
+
+def test_a_segmentation_hands_on_its_heads_by_class_name_with_the_statistics_of_the_norms() -> None:
+    source, target = segmenter(), segmenter(classes=3, seed=8)
+    layers = ("decode_head.conv_seg", "auxiliary_head.conv_seg")
+    fresh = {layer: target.state_dict()[f"head.{layer}.weight"].clone() for layer in layers}
+    state, report = moved(source, target, PETS, ["dog", "fish", "cat"])
+    for layer in layers:
+        weight = source.state_dict()[f"head.{layer}.weight"]
+        expected = torch.stack([weight[1], fresh[layer][1], weight[0]])
+        assert torch.equal(state[f"head.{layer}.weight"], expected)
+    assert sorted(report.mapped) == sorted(
+        f"head.{layer}.{kind} 2 of 3" for layer in layers for kind in ("weight", "bias")
+    )
+    assert not report.fresh and not report.dropped
+    mean = "head.neck.fpn1.1.running_mean"
+    assert mean in report.loaded and torch.equal(state[mean], source.state_dict()[mean])
+
+
+def test_a_head_of_other_channels_is_left_out_where_it_does_not_fit() -> None:
+    _, report = moved(segmenter(), segmenter(channels=6, seed=8), PETS, PETS)
+    assert (
+        "head.neck.fpn2.0.weight" in report.loaded and "head.auxiliary_head.conv_seg.weight" in report.loaded
+    )
+    assert (
+        "head.decode_head.conv_seg.weight" in report.fresh
+        and "head.decode_head.conv_seg.bias" in report.loaded
+    )
 
 
 def test_an_index_that_a_published_file_carries_is_left_out() -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from finetuning import SMALL_FINETUNE
+from omegaconf import DictConfig
 from running import SMALL_PRETRAIN, train
+from segmentation import SMALL_SEGMENT, draw_scenes
 
+from beit_pretrain.build import build_stage
+from beit_pretrain.checkpoint import files
+from beit_pretrain.data.shapes import CLASSES, draw_scene
 from beit_pretrain.models.blocks import attend
 
 pytestmark = pytest.mark.gpu
@@ -57,3 +63,25 @@ def test_fine_tuning_on_a_gpu_follows_the_cpu(precision: str, tmp_path: Path) ->
     train([*same, "name=gpu", "trainer.accelerator=gpu", f"trainer.precision={precision}"], tmp_path)
     expected, found = losses(tmp_path / "runs" / "cpu"), losses(tmp_path / "runs" / "gpu")
     assert found == pytest.approx(expected, rel=1e-3 if precision == "32" else 0.03)
+
+
+def test_a_segmentation_learns_on_a_gpu_and_predicts_there_what_it_does_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_scenes(tmp_path / "scenes")
+    same = [o for o in SMALL_SEGMENT if not o.startswith("trainer.accelerator")]
+    same += ["model=micro", "model.drop_path=0.0", "stage.log_every=1"]
+    train([*same, "name=cpu", "trainer.accelerator=cpu"], tmp_path)
+    train([*same, "name=gpu", "trainer.accelerator=gpu", "trainer.precision=bf16-mixed"], tmp_path)
+    expected, found = losses(tmp_path / "runs" / "cpu"), losses(tmp_path / "runs" / "gpu")
+    assert found == pytest.approx(expected, rel=0.1)  # whole channels are dropped, other ones on each device
+    saved = files.read(tmp_path / "runs" / "gpu" / "checkpoints" / "last.ckpt")
+    stage: Any = build_stage(DictConfig(saved["beit_pretrain"]["config"]), CLASSES)
+    stage.load_state_dict(saved["state_dict"])
+    stage.eval()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    image = torch.from_numpy(draw_scene("validation", 3)[0]).permute(2, 0, 1)
+    here = stage.predict(image)
+    there = stage.cuda().predict(image.cuda())
+    assert there.is_cuda and there.shape == image.shape[1:]
+    assert (here == there.cpu()).float().mean() > 0.99
