@@ -15,19 +15,13 @@ Writes summary.json, table.md and plot.png into --out; runs that are finished ar
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import logging
-import multiprocessing
-import warnings
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from paired import interval, measure  # pyright: ignore[reportMissingImports]
 
 RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = 5
@@ -77,38 +71,9 @@ def overrides(task: Task, init: str, out: str) -> list[str]:
     ]
 
 
-def work(task: Task, init: str, out: str) -> dict[str, Any]:
-    """Run one task; its metrics."""
-    import torch
-
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    from beit_pretrain.compose import compose
-    from beit_pretrain.run import run
-
-    arguments = overrides(task, init, out)
-    with contextlib.redirect_stdout(io.StringIO()):
-        metrics = run(compose(arguments), arguments)["metrics"]
-    for checkpoint in (Path(out) / "runs" / task.name / "checkpoints").glob("*.ckpt"):
-        checkpoint.unlink()  # hundreds of them are of no further use
-    return metrics
-
-
-def measure(tasks: Iterable[Task], init: str, out: str, jobs: int) -> dict[Task, dict[str, Any]]:
+def measured(tasks: Iterable[Task], init: str, out: str, jobs: int) -> dict[Task, dict[str, Any]]:
     """All tasks' metrics, several at a time."""
-    tasks = list(tasks)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
-        found = {}
-        for task, metrics in zip(
-            tasks, pool.map(work, tasks, [init] * len(tasks), [out] * len(tasks)), strict=True
-        ):
-            found[task] = metrics
-            print(
-                f"{task.name}: val {metrics.get('val/top1', float('nan')):.4f} test {metrics['test/top1']:.4f}"
-            )
-    return found
+    return measure({task: overrides(task, init, out) for task in tasks}, jobs, "test/top1")
 
 
 def choose_rates(init: str, out: str, jobs: int) -> dict[tuple[str, int], float]:
@@ -120,7 +85,7 @@ def choose_rates(init: str, out: str, jobs: int) -> dict[tuple[str, int], float]
         for rate in RATES
         for seed in range(CHOOSING)
     ]
-    found = measure(grid, init, out, jobs)
+    found = measured(grid, init, out, jobs)
     chosen = {}
     for labels in EPOCHS:
         for arm in ARMS:
@@ -132,12 +97,6 @@ def choose_rates(init: str, out: str, jobs: int) -> dict[tuple[str, int], float]
     return chosen
 
 
-def interval(differences: np.ndarray) -> tuple[float, float]:
-    """95% interval of a mean paired difference (Student's t)."""
-    half = stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
-    return float(differences.mean() - half), float(differences.mean() + half)
-
-
 def summarise(init: str, out: str, jobs: int) -> dict[str, Any]:
     rates = choose_rates(init, out, jobs)
     tasks = [
@@ -146,7 +105,7 @@ def summarise(init: str, out: str, jobs: int) -> dict[str, Any]:
         for arm in ARMS
         for seed in range(SEEDS)
     ]
-    found = measure(tasks, init, out, jobs)
+    found = measured(tasks, init, out, jobs)
     rows = []
     for labels in EPOCHS:
         scores = {

@@ -28,6 +28,7 @@ _OTHER = (
     0  # clutter, and pixels on an edge: what nobody labelled. Class c is c + 1 in the files, as in ADE20k
 )
 _SIDES = (64, 80, 96, 112)
+_LIGHT, _MIDDLE, _DARK = 215, 150, 65  # levels of a colour's brightness
 _FINE = 3  # samples of a pixel along each side
 _MADE = "made.json"
 _VERSION = 1  # of the pictures: another number for the slightest change
@@ -41,9 +42,10 @@ Place = np.ndarray  # (h, w) float64: one of a shape's own coordinates at every 
 class Shapes(LabelFolders):
     """Scenes of sky, ground and overlapping shapes, drawn into `root` in the layout of ADE20k if not there yet.
 
-    1,600 to train on and 200 for validation, 64 to 112 pixels a side, ten classes. Colours say nothing about
-    the class: form and texture do (a ball is a disc with dots, a net is see-through), for sky and ground
-    also the place. Raises DataError for a folder that holds something else.
+    1,600 to train on and 200 for validation, 64 to 112 pixels a side, ten classes. Tints say nothing about the
+    class: form and texture do (a ball is a disc with dots, a net is see-through), for sky and ground also the
+    place. Things are darker than what they lie on, so that a visual token tells texture rather than brightness.
+    Raises DataError for a folder that holds something else.
     """
 
     def __init__(self, *, root: str) -> None:
@@ -118,23 +120,21 @@ def draw_scene(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
     key = mix(_SALT, list(SCENES).index(split), index)
     rng = random.Random(key)
     size = _SIDES[_below(rng, len(_SIDES))], _SIDES[_below(rng, len(_SIDES))]
-    picture, label_map, behind = _background(rng, size, key)
-    for number in range(4 + _below(rng, 5)):
-        _paint(picture, label_map, _thing(rng, size, behind), rng, mix(key, number))
+    picture, label_map = _background(rng, size, key)
+    for number in range(4 + _below(rng, 4)):
+        _paint(picture, label_map, _thing(rng, size), mix(key, number))
     rows, cols = _grid(size)
-    down, right = _between(rng, -0.25, 0.25), _between(rng, -0.25, 0.25)
+    down, right = _between(rng, -0.1, 0.1), _between(rng, -0.1, 0.1)
     light = 1 + down * (2 * rows / size[0] - 1) + right * (2 * cols / size[1] - 1)
-    noise = (_noise((*size, 3), mix(key, 101)) - 0.5) * _between(rng, 8, 32)
+    noise = (_noise((*size, 3), mix(key, 101)) - 0.5) * _between(rng, 4, 16)
     lit = picture * light[..., None] + noise
     return (np.clip(lit, 0, 255) + 0.5).astype(np.uint8), label_map
 
 
-def _background(
-    rng: random.Random, size: tuple[int, int], key: int
-) -> tuple[Picture, np.ndarray, list[Colour]]:
-    """Sky, smooth from one colour to another, over ground with a grain; and the two colours they go around."""
+def _background(rng: random.Random, size: tuple[int, int], key: int) -> tuple[Picture, np.ndarray]:
+    """Sky, smooth from one colour to another, over ground with a grain; and their label map."""
     rows, cols = _grid(size)
-    sky, ground = _colour(rng), _colour(rng)
+    sky, ground = _colour(rng, _LIGHT), _colour(rng, _LIGHT)
     change = np.array([_between(rng, -30, 30) for _ in range(3)])
     above = sky + change * (2 * rows / size[0] - 1)[..., None]
     cell = 2 + _below(rng, 3)  # pixels
@@ -144,7 +144,7 @@ def _background(
     horizon = size[0] * _between(rng, 0.25, 0.7) + slope * (cols - size[1] / 2)
     is_sky = rows < horizon
     label_map = np.where(is_sky, 1 + CLASSES.index("sky"), 1 + CLASSES.index("ground")).astype(np.uint8)
-    return np.where(is_sky[..., None], above, below), label_map, [sky, ground]
+    return np.where(is_sky[..., None], above, below), label_map
 
 
 class _Thing(NamedTuple):
@@ -158,11 +158,11 @@ class _Thing(NamedTuple):
     second: Colour
 
 
-def _thing(rng: random.Random, size: tuple[int, int], behind: list[Colour]) -> _Thing:
+def _thing(rng: random.Random, size: tuple[int, int]) -> _Thing:
     kinds = (*CLASSES[2:], "other")
     kind = kinds[_below(rng, len(kinds))]
     centre = size[0] * _between(rng, 0.1, 0.9), size[1] * _between(rng, 0.1, 0.9)
-    half = min(size) * _between(rng, 0.1, 0.24)
+    half = min(size) * _between(rng, 0.15, 0.28)
     aspect = _between(rng, 0.8, 1.25)
     steep = _between(rng, -0.4, 0.4)  # tangent of half the angle
     if kind == "pole":
@@ -170,8 +170,8 @@ def _thing(rng: random.Random, size: tuple[int, int], behind: list[Colour]) -> _
     else:
         half_size = (half, half * aspect)
     turn = (1 - steep * steep) / (1 + steep * steep), 2 * steep / (1 + steep * steep)
-    colour = _colour(rng, behind)
-    return _Thing(kind, centre, half_size, turn, colour, _colour(rng, [colour]))
+    first = _DARK if kind in ("pole", "net") else _MIDDLE
+    return _Thing(kind, centre, half_size, turn, _colour(rng, first), _colour(rng, _DARK))
 
 
 _OUTLINES: dict[str, Callable[[Place, Place], np.ndarray]] = {
@@ -187,19 +187,28 @@ _OUTLINES: dict[str, Callable[[Place, Place], np.ndarray]] = {
 }
 
 
-def _paint(picture: Picture, label_map: np.ndarray, thing: _Thing, rng: random.Random, key: int) -> None:
+# Where a surface has its second colour; other kinds are plain.
+_MARKS: dict[str, Callable[[Place, Place], np.ndarray]] = {
+    "ball": lambda v, u: (_wave(3.5 * u) - 0.5) ** 2 + (_wave(3.5 * v) - 0.5) ** 2 < 0.09,
+    "square": lambda v, u: _wave(5 * (u + v)) < 0.5,
+    "triangle": lambda v, u: _wave(5 * v) < 0.5,
+    "ring": lambda v, u: _wave(5 * u) < 0.35,
+    "cross": lambda v, u: (_wave(4 * u) < 0.5) ^ (_wave(4 * v) < 0.5),
+}
+
+
+def _paint(picture: Picture, label_map: np.ndarray, thing: _Thing, key: int) -> None:
     """Lays an object over the scene. Pixels that it covers by about half belong to nobody."""
     (top, left), (v, u) = _own_coordinates(picture.shape[:2], thing)
     inside = _OUTLINES[thing.kind](v, u)
-    stripes = _between(rng, 1.5, 3.5) if rng.random() < 0.35 else 0.0  # on any kind but ball, net and pole
     solid = inside
     if thing.kind == "net":
         solid = inside & ((_wave(2.5 * u) < 0.3) | (_wave(2.5 * v) < 0.3))
     covered = _pixels(inside)  # samples of each pixel, 0 to 9
     opacity = _pixels(solid) / _FINE**2
     shade = 1 + 0.15 * u[1::_FINE, 1::_FINE] + 0.15 * v[1::_FINE, 1::_FINE]
-    marks = _marks(thing.kind, v, u, stripes)
-    share = (_pixels(marks) / _FINE**2)[..., None]
+    marks = _MARKS.get(thing.kind)
+    share = 0.0 if marks is None else (_pixels(marks(v, u)) / _FINE**2)[..., None]
     colours = (share * thing.second + (1 - share) * thing.colour) * shade[..., None]
     if thing.kind == "other":
         colours = colours + 90 * (_noise(opacity.shape, key) - 0.5)[..., None]
@@ -208,15 +217,6 @@ def _paint(picture: Picture, label_map: np.ndarray, thing: _Thing, rng: random.R
     label = 1 + CLASSES.index(thing.kind) if thing.kind in CLASSES else _OTHER
     label_map[place][covered > 3] = _OTHER
     label_map[place][covered > 5] = label
-
-
-def _marks(kind: str, v: Place, u: Place, stripes: float) -> np.ndarray:
-    """Where a surface has its second colour."""
-    if kind == "ball":
-        return (_wave(2 * u) - 0.5) ** 2 + (_wave(2 * v) - 0.5) ** 2 < 0.09
-    if kind in ("net", "pole") or not stripes:
-        return np.zeros(u.shape, bool)
-    return _wave(stripes * (u + v)) < 0.5
 
 
 def _own_coordinates(size: tuple[int, ...], thing: _Thing) -> tuple[tuple[int, int], tuple[Place, Place]]:
@@ -263,9 +263,7 @@ def _below(rng: random.Random, count: int) -> int:
     return int(rng.random() * count)
 
 
-def _colour(rng: random.Random, unlike: list[Colour] | None = None) -> Colour:
-    """A colour that can be told from the others given, by 120 levels over the channels in sum."""
-    while True:
-        colour = np.array([_between(rng, 20, 235) for _ in range(3)])
-        if all(np.abs(colour - other).sum() >= 120 for other in unlike or ()):
-            return colour
+def _colour(rng: random.Random, level: int) -> Colour:
+    """A colour of about this brightness and of any tint."""
+    tint = np.array([_between(rng, -35, 35) for _ in range(3)])
+    return level + tint - tint.sum() / 3 + _between(rng, -12, 12)
