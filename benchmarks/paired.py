@@ -18,11 +18,13 @@ from scipy import stats
 
 def work(arguments: list[str]) -> dict[str, Any]:
     """Run one command on one thread; its metrics."""
+    import lightning.pytorch  # which sets its loggers' levels
     import torch
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for library in (lightning.pytorch.__name__, "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     from beit_pretrain.compose import compose
     from beit_pretrain.run import run
 

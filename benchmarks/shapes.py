@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from paired import interval, measure  # pyright: ignore[reportMissingImports]
 
-RATES = (3e-3, 6e-3, 1.2e-2)
+RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
 SEEDS = (0, 1, 2)
 CHOOSING = 100  # the seed by which the rate is chosen
 ARMS = ("pre-trained", "scratch")
