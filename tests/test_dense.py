@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -328,6 +329,20 @@ def test_all_faults_of_the_options_come_at_once() -> None:
 def test_an_option_that_cannot_be_is_refused(options: dict[str, Any], fault: str) -> None:
     with pytest.raises(ConfigError, match=rf"^stage\.predict\.{fault}"):
         Sliding(**{"crop": [512, 512], "patch_size": 16, **options})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["one scale", "six scales, flipped"])
+def test_beit_b_on_2000_x_1500_pixels_takes_at_most_four_gigabytes(how: str) -> None:
+    """The real encoder and head with 150 classes, in a process of its own; one scale also against plain float32."""
+    script = Path(__file__).parents[1] / "benchmarks" / "dense.py"
+    plain = ["--plain"] if how == "one scale" else []
+    done = subprocess.run(
+        [sys.executable, str(script), "--only", how, *plain], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["peak_gb"] <= 4.0
+    assert found.get("differ", 0.0) < 1e-4
 
 
 # --- the score ----------------------------------------------------------------------------------------------
