@@ -44,7 +44,7 @@ def refused(says: str) -> Iterator[None]:
         ),
         (
             "data=foldr",
-            "data=foldr: there is no such choice; did you mean folder? (known: class_folders, digits, folder, hugg",
+            "data=foldr: there is no such choice; did you mean folder? (known: ade20k, class_folders, digits",
         ),
         ("stage=3", "stage=3: there is no such choice (known: "),
         ("stage=null", "stage=null: there is no such choice (known: "),

@@ -141,9 +141,8 @@ def test_workers_ship_crops_and_whole_images_as_they_are(tmp_path: Path) -> None
         assert all(isinstance(batch, WholeBatch) for batch in held_out)
         flat = [part for batch in (*train, *held_out) for part in batch]
         runs.append([p for part in flat for p in (part if isinstance(part, list) else [part])])
-    assert (
-        len(runs[0]) == 3 * 4 + 2 * 5 + 2 * 3
-    )  # three batches; five images with their maps, in three batches
+    # Three batches; five images with their maps, one at a time.
+    assert len(runs[0]) == 3 * 4 + 5 * 4
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
