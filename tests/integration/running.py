@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,15 @@ class RecordSamples(Callback):
         line = json.dumps([trainer.global_step, batch_idx, batch.sample.tolist(), batch.view.tolist()])
         with self.path.open("a") as file:
             file.write(line + "\n")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """What runs in this process is as exact, and as modest, as a process of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def environment() -> dict[str, str]:

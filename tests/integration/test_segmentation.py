@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from classifiers import save_classifier
 from PIL import Image
-from running import train
+from running import one_thread, train
 from segmentation import SMALL_SEGMENT, draw_scenes, name_classes
 
 from beit_pretrain.checkpoint import files
@@ -33,14 +32,6 @@ STILL = ["stage.optim.lr=1e-12", "stage.epochs=1"]  # the weights stay where the
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:The number of training batches"
 )
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
