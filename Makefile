@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2 # test files at a time, one thread each
 
-.PHONY: quickstart test test-slow check format bench clean
+.PHONY: quickstart test test-slow test-slurm check format bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/beit-train chain=quickstart
@@ -14,6 +14,10 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/pytest -m "slow and not gpu and not slurm"
+
+# Starts a Slurm of two nodes on this machine, and ends it: needs root, and Debian's packages of Slurm.
+test-slurm: $(VENV)/.installed-test
+	$(BIN)/pytest -m slurm
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -11,14 +11,19 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from beit_pretrain.checkpoint import files, record
 from beit_pretrain.checkpoint.adapt import Report
 from beit_pretrain.checkpoint.saving import AtomicCheckpointIO
+from beit_pretrain.cluster.environment import environment
+from beit_pretrain.cluster.interruption import Interruption
+from beit_pretrain.cluster.launch import launched
+from beit_pretrain.cluster.parallel import strategy
+from beit_pretrain.cluster.signals import Signals
 from beit_pretrain.data.transforms import RESIZE_IMPLEMENTATION
+from beit_pretrain.devices import nodes, processes
 from beit_pretrain.errors import ConfigError
 from beit_pretrain.origins import load_strictly, load_weights
 from beit_pretrain.stages.base import Stage
@@ -28,8 +33,13 @@ LABELLED = ("classify", "probe")  # stages that learn from a label for each imag
 SUPERVISED = (*LABELLED, "segment")  # and from one for each pixel
 
 
-def build_run(cfg: DictConfig, config: dict[str, Any]) -> tuple[Stage, Any, Trainer, Report | None]:
-    """The stage, its data and its trainer; and what became of the weights of `init_from`, if they were adapted."""
+def build_run(
+    cfg: DictConfig, config: dict[str, Any], signals: Signals | None = None
+) -> tuple[Stage, Any, Trainer, Report | None]:
+    """The stage, its data and its trainer; and what became of the weights of `init_from`, if they were adapted.
+
+    With `signals`, a signal ends the training in order (`cluster/interruption`).
+    """
     data = build_data(cfg)
     classes = data.class_names if cfg.stage.name in SUPERVISED else None
     stage = build_stage(cfg, classes)
@@ -41,7 +51,7 @@ def build_run(cfg: DictConfig, config: dict[str, Any]) -> tuple[Stage, Any, Trai
         found = files.resolve(Path(cfg.tokenizer.checkpoint), key="tokenizer.checkpoint")
         parents["tokenizer"] = files.sha256(found)
     stage.record = record.make_record(config, _preprocessing(cfg, data), parents)
-    trainer = _trainer(cfg)
+    trainer = _trainer(cfg, signals)
     trainer.accumulate_grad_batches = data.plan(trainer.world_size).accumulate
     return stage, data, trainer, report
 
@@ -102,22 +112,23 @@ def build_tokenizer(cfg: DictConfig) -> nn.Module:
     return tokenizer
 
 
-def _trainer(cfg: DictConfig) -> Trainer:
+def _trainer(cfg: DictConfig, signals: Signals | None) -> Trainer:
     t = cfg.trainer
     callbacks = [make(node) for node in cfg.callbacks.values() if node is not None]
+    if signals is not None:
+        callbacks.append(Interruption(signals, run_dir=cfg.run_dir))
     return Trainer(
         accelerator=t.accelerator,
-        devices=t.devices,
-        num_nodes=t.num_nodes,
+        devices=t.devices if launched().kind == "alone" else launched().per_node,
+        num_nodes=nodes(cfg),
         precision=_precision(t.precision, t.accelerator),
-        # Buffers are statistics that every rank counts for itself and merges when they are read.
-        strategy=DDPStrategy(broadcast_buffers=False) if _several(t) else "auto",
+        strategy=strategy(t.strategy, processes(cfg)),
         max_epochs=cfg.stage.epochs,
         check_val_every_n_epoch=_evaluate_every(cfg.stage.epochs, t.evaluate_every),
         detect_anomaly=t.detect_anomaly,
         logger=[make(node) for node in cfg.logger.values() if node is not None],
         callbacks=[*callbacks, make(cfg.checkpoint)],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), environment(launched())],
         default_root_dir=cfg.run_dir,
         use_distributed_sampler=False,
         # What a model caches during an evaluation (an index, a resized table) must stay usable in training.
@@ -132,17 +143,6 @@ def _trainer(cfg: DictConfig) -> Trainer:
 def _evaluate_every(epochs: int, asked: int) -> int:
     """Epochs between evaluations: as asked, or fewer, so that the last epoch is among them."""
     return max(n for n in range(1, asked + 1) if epochs % n == 0)
-
-
-def _several(t: DictConfig) -> bool:
-    """Whether more than one process trains."""
-    if t.num_nodes > 1 or (OmegaConf.is_list(t.devices) and len(t.devices) > 1):
-        return True
-    if t.devices == "auto":
-        return t.accelerator != "cpu" and torch.cuda.device_count() > 1
-    return isinstance(t.devices, int) and (
-        t.devices > 1 or (t.devices == -1 and torch.cuda.device_count() > 1)
-    )
 
 
 def _precision(asked: Any, accelerator: str) -> Any:

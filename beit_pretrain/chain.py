@@ -1,21 +1,39 @@
-"""Several stages in a row: each link is a `beit-train` process of its own, whose folder the next ones start from."""
+"""Several stages in a row: each link is a `beit-train` process or a job, whose folder the next ones start from."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from beit_pretrain.checkpoint import files
-from beit_pretrain.compose import compose, config_dir, flat_keys
+from beit_pretrain.cluster.launch import launched
+from beit_pretrain.cluster.signals import Interrupted
+from beit_pretrain.cluster.submit import active, job_script, sbatch
+from beit_pretrain.compose import (
+    LAUNCHER,
+    SEARCHPATH,
+    compose,
+    config_dir,
+    explicit_keys,
+    flat_keys,
+    launcher_node,
+)
+from beit_pretrain.devices import job_faults
 from beit_pretrain.errors import BeitError, ConfigError
 from beit_pretrain.report import make_chain_report
 
 STARTS = ("tokenizer.checkpoint", "init_from")  # options by which a link starts from another
+RESOURCES = "chain.resources."  # chain.resources.LINK.key=value: of one link's job
+REPORT = "report"  # the job after all links
+# It reads folders and writes a page.
+SMALL_JOB = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": "null", "cpus_per_task": 1, "timeout_min": 10}
 
 
 class LinkFailed(BeitError):
@@ -23,47 +41,198 @@ class LinkFailed(BeitError):
 
 
 def run_chain(overrides: Sequence[str]) -> None:
-    """Run the links of `chain=...` that are not finished, then write the chain's report.
+    """Run the links of `chain=...` that are not finished, or hand them in as jobs, then write the chain's report.
 
     Overrides without a prefix go to every link that knows the key; `links.NAME.key=value` to one.
     """
+    for_jobs = [o for o in overrides if _of_the_jobs(o)]
+    overrides = [o for o in overrides if not _of_the_jobs(o)]
     general, by_link = split_overrides(overrides)
-    cfg = compose([o for o in overrides if _of_the_chain(o)])
+    cfg = compose([o for o in overrides if _of_the_chain(o) or _key(o) == SEARCHPATH])
     if missing := [key for key in cfg.chain if OmegaConf.is_missing(cfg.chain, key)]:
         raise ConfigError([f"chain.{key} is not given: set chain.{key}=..." for key in missing])
+    submit = cfg.chain.get("submit")
+    if submit not in (None, "slurm"):
+        raise ConfigError(f"chain.submit={submit}: set chain.submit=slurm, or null to run the links here")
+    if for_jobs and submit is None:
+        raise ConfigError(f"{for_jobs[0]} is for jobs: set chain.submit=slurm too, or leave it out")
     folder = Path(cfg.runs) / cfg.name
     links = link_overrides(cfg, general, by_link, folder)
     for arguments in links.values():
         compose(_without_checkpoints(arguments))  # a mistake in the last link shows before the first one runs
     dry = any(o.partition("=")[::2] == ("dry_run", "true") for o in general)
+    if not dry and not launched().rank:
+        chain = {"name": cfg.name, "links": list(links)}
+        files.write_text(folder / "chain.json", json.dumps(chain, indent=2) + "\n")
+    if submit is not None:
+        search = [o for o in general if _key(o) == SEARCHPATH]
+        _submit(cfg.name, links, [*search, *for_jobs], folder, dry=dry)
+        return
     for number, (name, arguments) in enumerate(links.items(), 1):
         print(f"\n[{number}/{len(links)}] {name}: beit-train {' '.join(arguments)}", flush=True)
         if dry and (missing := _missing(arguments)):
             print(f"starts from {missing}, which is not there yet", flush=True)
             continue
-        code = subprocess.run([sys.executable, "-m", "beit_pretrain", *arguments]).returncode
-        if code:
+        if code := run_link(arguments):
             raise LinkFailed(f"link {name} ended with exit code {code}; the same command goes on from there")
-    if dry:
-        return
-    results = {name: json.loads((folder / name / "results.json").read_text()) for name in links}
-    files.write_text(
-        folder / "results.json",
-        json.dumps(
-            {
-                "name": cfg.name,
-                "status": "finished",
-                "seconds": sum(r["seconds"] for r in results.values()),
-                "links": {name: r["metrics"] for name, r in results.items()},
-            },
-            indent=2,
+    if not dry and not launched().rank:
+        _show(folder)
+
+
+def run_link(arguments: Sequence[str]) -> int:
+    """The exit code of a `beit-train` process; signals are for it, and it is waited for."""
+    process = subprocess.Popen([sys.executable, "-m", "beit_pretrain", *arguments])
+    try:
+        return process.wait()
+    except Interrupted as interrupted:
+        process.send_signal(interrupted.number)  # it writes a checkpoint, and says how it goes on
+        raise SystemExit(process.wait()) from None
+    except KeyboardInterrupt:
+        process.wait()  # the terminal has told it too
+        raise
+
+
+def report_chain(folder: Path) -> Path:
+    """Write `report.html` of a chain, and `results.json` if all its links are finished; returns the page's path."""
+    chain = json.loads((folder / "chain.json").read_text())
+    results = {name: found for name in chain["links"] if (found := _results(folder / name))}
+    if len(results) == len(chain["links"]):
+        files.write_text(
+            folder / "results.json",
+            json.dumps(
+                {
+                    "name": chain["name"],
+                    "status": "finished",
+                    "seconds": sum(r["seconds"] for r in results.values()),
+                    "links": {name: r["metrics"] for name, r in results.items()},
+                },
+                indent=2,
+            )
+            + "\n",
         )
-        + "\n",
-    )
-    report = make_chain_report(folder, [(name, folder / name) for name in links])
+    return make_chain_report(folder, [(name, folder / name) for name in chain["links"]])
+
+
+def _show(folder: Path) -> None:
+    """The report, and its table on the terminal; all links are finished."""
     from beit_pretrain.summary import show_chain
 
-    show_chain(results, report)
+    report = report_chain(folder)
+    links = json.loads((folder / "chain.json").read_text())["links"]
+    show_chain({name: _results(folder / name) or {} for name in links}, report)
+
+
+def _results(run: Path) -> dict[str, Any] | None:
+    """What a run ended with; None if it has not."""
+    file = run / "results.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    return results if results.get("status") == "finished" else None
+
+
+# --- as jobs ------------------------------------------------------------------------------------------------
+
+
+def _submit(
+    chain: str, links: Mapping[str, list[str]], for_jobs: Sequence[str], folder: Path, *, dry: bool
+) -> None:
+    """A job for each link that is not finished, waiting or running; each waits for the links it starts from.
+
+    `jobs.json` remembers the jobs and what they run. One more job writes the report.
+    """
+    links = {name: _for_a_job(arguments) for name, arguments in links.items()}
+    scripts = _scripts(chain, links, for_jobs, folder)
+    if dry:
+        for name, script in scripts.items():
+            after = list(links) if name == REPORT else _sources(name, links, folder)
+            print(f"\n# {name}: after {', '.join(after) or 'nothing'}\n{script}")
+        return
+    file = folder / "jobs.json"
+    known = json.loads(file.read_text()) if file.is_file() else {"links": {}, REPORT: None}
+    jobs: dict[str, dict[str, Any]] = known["links"]
+    waiting = active([str(known[REPORT]), *(entry["job"] for entry in jobs.values())])
+    same = {name for name in links if name in jobs and jobs[name]["overrides"] == links[name]}
+    if changed := [name for name in links if name not in same and jobs.get(name, {}).get("job") in waiting]:
+        job = jobs[changed[0]]["job"]
+        raise ConfigError(
+            f"link {changed[0]} is job {job}, with other options: end it first (scancel {job}), "
+            "or give the same ones again"
+        )
+    done = {name for name in same if _results(folder / name)}
+    fresh: set[str] = set()
+    for number, (name, arguments) in enumerate(links.items(), 1):
+        sources = _sources(name, links, folder)
+        if name in done:
+            state = "finished"
+        elif jobs.get(name, {}).get("job") in waiting and not fresh & set(sources):
+            state = f"job {jobs[name]['job']}, as before"
+        else:
+            after = [jobs[source]["job"] for source in sources if source not in done]
+            jobs[name] = {"job": sbatch(scripts[name], after=after), "overrides": arguments}
+            fresh.add(name)
+            files.write_text(file, json.dumps(known, indent=2) + "\n")
+            state = f"job {jobs[name]['job']}" + (f" after {', '.join(after)}" if after else "")
+        print(f"[{number}/{len(links)}] {name}: {state}", flush=True)
+    if len(done) == len(links):
+        _show(folder)
+        return
+    if fresh or known[REPORT] not in waiting:
+        known[REPORT] = sbatch(
+            scripts[REPORT], after=[jobs[name]["job"] for name in links if name not in done]
+        )
+        files.write_text(file, json.dumps(known, indent=2) + "\n")
+    print(f"job {known[REPORT]} writes {folder}/report.html after them; logs: {folder}/*.log")
+    print("what failed is handed in again by the same command")
+
+
+def _scripts(
+    chain: str, links: Mapping[str, list[str]], for_jobs: Sequence[str], folder: Path
+) -> dict[str, str]:
+    """The sbatch script of each link and of the report, all made before the first is handed in."""
+    general = [o for o in for_jobs if not _key(o).startswith(RESOURCES)]
+    small = [f"hydra.launcher.{key}={value}" for key, value in SMALL_JOB.items()]
+    own: dict[str, list[str]] = {**{name: [] for name in links}, REPORT: small}
+    for override in for_jobs:
+        if _key(override).startswith(RESOURCES):
+            name, _, rest = override.split(RESOURCES, 1)[1].partition(".")
+            if name not in own or not rest:
+                raise ConfigError(
+                    f"{override}: write {RESOURCES}LINK.key=value with one of the links {', '.join(own)}"
+                )
+            own[name].append(f"hydra.launcher.{rest}")
+    nodes = {name: launcher_node([*general, *own[name]]) for name in own}
+    for name, arguments in links.items():
+        if faults := job_faults(compose(_without_checkpoints(arguments)), nodes[name]):
+            raise ConfigError([f"link {name}: {fault}" for fault in faults])
+    door = "from beit_pretrain.cli import tools_main; tools_main()"
+    commands = {
+        name: [sys.executable, "-m", "beit_pretrain", *arguments] for name, arguments in links.items()
+    }
+    commands[REPORT] = [sys.executable, "-c", door, "report", str(folder)]
+    return {
+        name: job_script(
+            nodes[name],
+            shlex.join(command),
+            name=f"{chain}/{name}",
+            log=str(folder / f"{name}.log"),
+            tasks=name != REPORT,
+        )
+        for name, command in commands.items()
+    }
+
+
+def _for_a_job(arguments: Sequence[str]) -> list[str]:
+    """A link's options in a job: with the processes that srun starts, unless it says otherwise."""
+    found = [o for o in arguments if _key(o) != "dry_run"]
+    return found if "trainer" in explicit_keys(found) else [*found, "trainer=slurm"]
+
+
+def _sources(name: str, links: Mapping[str, list[str]], folder: Path) -> list[str]:
+    """The links that a link starts from."""
+    values = set(explicit_keys(links[name]).values())
+    return [other for other in links if str(folder / other) in values]
+
+
+# --- options ------------------------------------------------------------------------------------------------
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -84,9 +253,18 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, list
     return general, by_link
 
 
+def _key(override: str) -> str:
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def _of_the_jobs(override: str) -> bool:
+    """Whether an override says what Slurm jobs ask for."""
+    return _key(override) == LAUNCHER or _key(override).startswith(("hydra.launcher.", RESOURCES))
+
+
 def _of_the_chain(override: str) -> bool:
     """Whether an override is for the chain itself, not for its links."""
-    key = override.split("=", 1)[0].lstrip("+~")
+    key = _key(override)
     return key in ("chain", "name", "runs", "run_dir") or key.startswith("chain.")
 
 
@@ -101,9 +279,11 @@ def link_overrides(
     if unknown := sorted(by_link.keys() - links.keys()):
         raise ConfigError(f"links.{unknown[0]}: the chain {cfg.chain.name} has the links {', '.join(links)}")
     commands: dict[str, list[str]] = {}
+    search = [o for o in general if _key(o) == SEARCHPATH]
+    general = [o for o in general if o not in search]
     used: set[str] = set()
     for name, own in links.items():
-        own = [_resolve(o, folder, list(links)) for o in own]
+        own = [*search, *(_resolve(o, folder, name, list(links)) for o in own)]
         known = set(flat_keys(compose(_without_checkpoints(own))))
         fits = [o for o in general if _fits(o, known)]
         used.update(fits)
@@ -121,14 +301,14 @@ def _fits(override: str, known: set[str]) -> bool:
     return key.startswith("+") or key.lstrip("~") in known or (config_dir() / key.lstrip("~")).is_dir()
 
 
-def _resolve(override: str, folder: Path, links: list[str]) -> str:
-    """`key=@link` with the link's folder."""
+def _resolve(override: str, folder: Path, link: str, links: list[str]) -> str:
+    """`key=@link` with that link's folder; it must come before the one that names it."""
     key, _, value = override.partition("=")
     if not value.startswith("@"):
         return override
-    if value[1:] not in links:
+    if value[1:] not in links[: links.index(link)]:
         raise ConfigError(
-            f"{override}: there is no link {value[1:]} in this chain (links: {', '.join(links)})"
+            f"{override}: there is no link {value[1:]} before {link} in this chain (links: {', '.join(links)})"
         )
     return f"{key}={folder / value[1:]}"
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from beit_pretrain.compose import explicit_keys
-from beit_pretrain.devices import ACCELERATORS, batch_faults, device_faults, devices
+from beit_pretrain.devices import ACCELERATORS, batch_faults, device_faults, devices, nodes, processes
 from beit_pretrain.errors import ConfigError
 from beit_pretrain.origins import WEIGHTS, start_faults, untrained
 from beit_pretrain.tokenizer import TrainableTokenizer
@@ -27,6 +27,8 @@ from beit_pretrain.wording import either, is_whole, nearest, show, sides_of, siz
 
 STAGES = ("tokenizer", "pretrain", "classify", "probe", "segment", "knn")
 MODES = ("fit", "evaluate")
+SIGNALS = ("USR1", "USR2", "TERM")
+STRATEGIES = ("auto", "ddp", "fsdp")
 PRECISIONS = ("auto", "32", "32-true", "bf16-mixed", "16-mixed")
 Faults = Iterator[str]
 
@@ -90,7 +92,7 @@ def _sizes(cfg: DictConfig) -> Faults:
 
 def _numbers(cfg: DictConfig) -> Faults:
     yield from _sizes(cfg)
-    keys = ["batch_size", "trainer.num_nodes", "trainer.evaluate_every"]
+    keys = ["batch_size", "trainer.evaluate_every", "trainer.max_requeues"]
     trained = ["stage.epochs", "stage.log_every", "stage.max_bad_steps"]
     keys += ["stage.k"] if cfg.stage.name == "knn" else trained
     for key in keys:
@@ -98,6 +100,11 @@ def _numbers(cfg: DictConfig) -> Faults:
             yield f"{key}={show(value)}: set a whole number from 1"
     if cfg.micro_batch_size is not None and not is_whole(cfg.micro_batch_size, 1):
         yield f"micro_batch_size={show(cfg.micro_batch_size)}: set a whole number from 1, or null"
+    if cfg.trainer.num_nodes != "auto" and not is_whole(cfg.trainer.num_nodes, 1):
+        yield f"trainer.num_nodes={show(cfg.trainer.num_nodes)}: set a whole number from 1, or auto"
+    grace = cfg.trainer.signal_grace
+    if isinstance(grace, bool) or not isinstance(grace, int | float) or grace <= 0:
+        yield f"trainer.signal_grace={show(grace)}: set seconds above 0"
     for key in ("data.workers", "seed"):
         if not is_whole(value := OmegaConf.select(cfg, key), 0):
             yield f"{key}={show(value)}: set a whole number from 0"
@@ -121,7 +128,18 @@ def _choices(cfg: DictConfig) -> Faults:
     yield from _choice("init_weights", cfg.init_weights, WEIGHTS)
     yield from _choice("trainer.precision", cfg.trainer.precision, PRECISIONS)
     yield from _choice("trainer.accelerator", cfg.trainer.accelerator, ACCELERATORS)
-    flags = ["overwrite", "debug", "dry_run", "trainer.compile"]
+    yield from _choice("trainer.strategy", cfg.trainer.strategy, STRATEGIES)
+    if cfg.trainer.strategy == "fsdp" and cfg.trainer.precision == "16-mixed":
+        yield (
+            "trainer.precision=16-mixed scales the loss by what it sees of the gradients, of which a device has only "
+            "its share with trainer.strategy=fsdp: set trainer.precision=bf16-mixed or 32, or trainer.strategy=ddp"
+        )
+    listened = cfg.trainer.signals
+    if not OmegaConf.is_list(listened) or not set(listened) <= set(SIGNALS):
+        yield f"trainer.signals={show(listened)}: set a list of {either(SIGNALS)}; [] for none"
+    if cfg.trainer.allocation not in (None, "slurm"):
+        yield f"trainer.allocation={show(cfg.trainer.allocation)}: set slurm, or null"
+    flags = ["overwrite", "debug", "dry_run", "trainer.compile", "trainer.requeue"]
     flags += ["model.abs_pos", "model.checkpointing"] if cfg.stage.name != "tokenizer" else []
     for key in flags:
         if not isinstance(value := OmegaConf.select(cfg, key), bool):
@@ -251,7 +269,7 @@ def _pooling(cfg: DictConfig) -> Faults:
     """The coarsest pooling of UPerNet leaves one value of an image, and batch norm needs two to tell a spread."""
     if cfg.stage.name != "segment" or cfg.mode == "evaluate":
         return
-    if _share(cfg) == 1 and (devices(cfg) or 1) * cfg.trainer.num_nodes == 1:
+    if _share(cfg) == 1 and processes(cfg) == 1:
         yield (
             "stage=segment normalises over the images that are seen at a time, of which there is one: set "
             "micro_batch_size (or batch_size) to 2 or more, or train on several devices, which normalise together"
@@ -262,7 +280,7 @@ def _share(cfg: DictConfig) -> int | None:
     """Images that a device takes at a time; None where another check finds the fault."""
     share = cfg.micro_batch_size
     if share is None and is_whole(cfg.batch_size, 1) and (count := devices(cfg)):
-        share = cfg.batch_size // (count * cfg.trainer.num_nodes)
+        share = cfg.batch_size // (count * nodes(cfg))
     return share if is_whole(share, 1) else None
 
 

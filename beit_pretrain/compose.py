@@ -31,6 +31,8 @@ NEEDED = (
     "trainer",
     "checkpoint",
 )  # groups without which nothing runs
+LAUNCHER = "hydra/launcher"  # the group of what a Slurm job asks for
+SEARCHPATH = "hydra.searchpath"  # a user's own folders of yaml files
 
 
 def config_dir() -> Path:
@@ -64,13 +66,33 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     return complete(cfg, overrides)
 
 
-def _composed(overrides: Sequence[str]) -> DictConfig:
+def launcher_node(overrides: Sequence[str]) -> DictConfig:
+    """What a Slurm job asks for: `hydra.launcher` of these overrides, resolved, slurm.yaml unless they name another.
+
+    Raises ConfigError, in one line, for an unknown key, and for a launcher that is not for Slurm.
+    """
+    register_resolvers()
+    if LAUNCHER not in explicit_keys(overrides):
+        overrides = [*overrides, f"{LAUNCHER}=slurm"]
+    try:
+        cfg = _composed(overrides, hydra=True)
+        node = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(_explain(error, overrides)) from error
+    assert isinstance(node, dict)
+    if not str(node["_target_"]).endswith(".SlurmLauncher"):
+        choice = explicit_keys(overrides)[LAUNCHER]
+        raise ConfigError(f"{LAUNCHER}={choice} is not for Slurm: set {LAUNCHER}=slurm, or leave it out")
+    return OmegaConf.create(node)
+
+
+def _composed(overrides: Sequence[str], *, hydra: bool = False) -> DictConfig:
     """What Hydra makes of the overrides, also from within a job that Hydra runs (it keeps one global state)."""
     state = GlobalHydra.instance()
     outer, state.hydra = state.hydra, None
     try:
         with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
-            return hydra_compose("train", overrides=list(overrides))
+            return hydra_compose("train", overrides=list(overrides), return_hydra_config=hydra)
     finally:
         state.hydra = outer
 
@@ -200,15 +222,18 @@ def _malformed(error: Exception, text: str, overrides: Sequence[str]) -> str | N
 
 
 def _known_keys(overrides: Sequence[str]) -> list[str]:
-    """The keys there are with the groups that were chosen."""
+    """The keys there are with the groups that were chosen; Hydra's own only where they are for users."""
     try:
-        return list(flat_keys(_composed(_group_choices(overrides))))
+        cfg = _composed(_group_choices(overrides), hydra=True)
     except (HydraException, OmegaConfBaseException):
         return []
+    keys = flat_keys(cfg)
+    return [key for key in keys if key.startswith("hydra.launcher.") or not key.startswith("hydra")]
 
 
 def _group_choices(overrides: Sequence[str]) -> list[str]:
-    return [o for o in overrides if _is_group(o.split("=", 1)[0].lstrip("+~"))]
+    names = (o.split("=", 1)[0].lstrip("+~") for o in overrides)
+    return [o for o, name in zip(overrides, names, strict=True) if _is_group(name) or name == SEARCHPATH]
 
 
 def recipe_diff(cfg: DictConfig, overrides: Sequence[str]) -> list[list[str]]:

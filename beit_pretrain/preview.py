@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from beit_pretrain import optim
 from beit_pretrain.build import SUPERVISED, build_data, build_stage, build_tokenizer
-from beit_pretrain.devices import accelerator, devices
+from beit_pretrain.devices import accelerator, processes
 from beit_pretrain.errors import DataError
 from beit_pretrain.stages.base import Stage
 from beit_pretrain.tokenizer import Tokenizer, TrainableTokenizer
@@ -169,7 +169,7 @@ def _image_rows(cfg: DictConfig, data: Any) -> Rows:
 
 def _split(cfg: DictConfig) -> tuple[int, int, int]:
     """Devices, images of a pass on each, and passes of an update; the checks saw that it divides."""
-    world = (devices(cfg) or 1) * cfg.trainer.num_nodes
+    world = processes(cfg)
     micro = cfg.micro_batch_size or cfg.batch_size // world
     return world, micro, cfg.batch_size // (world * micro)
 

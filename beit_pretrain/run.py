@@ -7,7 +7,7 @@ import math
 import shlex
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,13 @@ from beit_pretrain.build import SUPERVISED, build_data, build_run, make
 from beit_pretrain.checkpoint import files, record
 from beit_pretrain.checkpoint.adapt import Report
 from beit_pretrain.checkpoint.saving import last_checkpoint
+from beit_pretrain.cluster import events
+from beit_pretrain.cluster.environment import from_rank_zero, process_group
+from beit_pretrain.cluster.launch import launched, restarts
+from beit_pretrain.cluster.signals import Signals
 from beit_pretrain.compose import recipe_diff
-from beit_pretrain.devices import devices
+from beit_pretrain.devices import accelerator, processes
+from beit_pretrain.errors import BeitError
 from beit_pretrain.folder import RunFolder, plain
 from beit_pretrain.origins import encoder_weights, load_strictly
 from beit_pretrain.preview import preview
@@ -33,52 +38,94 @@ from beit_pretrain.report.mask_sheet import draw_sheet
 Results = dict[str, Any]
 
 
-def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Results:
+def run(cfg: DictConfig, overrides: Sequence[str] = (), signals: Signals | None = None) -> Results:
     """Do what the configuration says and return what results.json holds.
 
-    A run that stands unfinished in its folder goes on; a finished one is not run again.
+    A run that stands unfinished in its folder goes on; a finished one is not run again. With `signals`, a signal
+    ends the training with a checkpoint (Interrupted).
     """
     checks.check(cfg, overrides)
-    if cfg.dry_run:
-        return preview(cfg)
+    knn = cfg.stage.name == "knn"
+    if cfg.dry_run or (knn and rank_zero_only.rank):
+        return preview(cfg) if rank_zero_only.rank == 0 else {}
     config = plain(cfg)
     source = _source_hash(cfg)
     with ExitStack() as stack:
         folder = RunFolder(Path(cfg.run_dir))
-        if rank_zero_only.rank == 0:
-            stack.enter_context(folder)
-            if cfg.overwrite or cfg.debug:
-                folder.clear()
-            harmless = folder.compare(config)
-            longer = any(line.startswith("stage.epochs") for line in harmless)
-            done = folder.finished()
-            if done is not None and (longer or done.get("scored") != source):
-                folder.reopen()
-            elif harmless and done is None:
-                print(f"{folder.path} goes on with: {'; '.join(harmless)}")
-        if (done := folder.finished()) is not None:
+        if not knn:
+            stack.enter_context(process_group(launched(), accelerator(cfg.trainer.accelerator)))
+        done, resume = from_rank_zero(lambda: _open(cfg, config, source, folder, stack))
+        if done is not None:
             return done
-        if rank_zero_only.rank == 0:
-            folder.write_config(config)
-        results = _knn(cfg, cfg.stage) if cfg.stage.name == "knn" else _train(cfg, config, folder)
-        if rank_zero_only.rank == 0:
-            results |= {
-                "name": cfg.name,
-                "stage": cfg.stage.name,
-                "status": "finished",
-                "scored": source,
-                "command": shlex.join(["beit-train", *overrides]),
-                "recipe_diff": recipe_diff(cfg, overrides),
-                "environment": {
-                    **record.versions(),
-                    "device": _device_name(),
-                    "git_commit": record.git_commit(),
-                },
-            }
-            results = _without_nan(results)
-            files.write_text(folder.path / "results.json", json.dumps(results, indent=2) + "\n")
-            make_report(folder.path)
+        results = _knn(cfg, cfg.stage) if knn else _train(cfg, config, folder, resume, signals)
+        # The others wait: a chain's next link looks for what this one has written.
+        from_rank_zero(lambda: _write(cfg, results, overrides, source, folder))
     return results
+
+
+def _write(
+    cfg: DictConfig, results: Results, overrides: Sequence[str], source: str | None, folder: RunFolder
+) -> None:
+    """results.json, which makes a run a finished one, and its report; on rank 0."""
+    if rank_zero_only.rank:
+        return
+    results |= {
+        "name": cfg.name,
+        "stage": cfg.stage.name,
+        "status": "finished",
+        "scored": source,
+        "command": shlex.join(["beit-train", *overrides]),
+        "recipe_diff": recipe_diff(cfg, overrides),
+        "environment": {
+            **record.versions(),
+            "device": _device_name(),
+            "git_commit": record.git_commit(),
+        },
+    }
+    results |= _without_nan(results)
+    files.write_text(folder.path / "results.json", json.dumps(results, indent=2) + "\n")
+    make_report(folder.path)
+
+
+def _open(
+    cfg: DictConfig, config: dict[str, Any], source: str | None, folder: RunFolder, stack: ExitStack
+) -> tuple[Results | None, Path | None]:
+    """The results of a finished run, else the checkpoint to go on from, if any; rank 0 takes the folder."""
+    if rank_zero_only.rank == 0:
+        stack.enter_context(folder)
+        if (cfg.overwrite or cfg.debug) and not restarts():  # not what a job has done before it was put back
+            folder.clear()
+        harmless = folder.compare(config)
+        longer = any(line.startswith("stage.epochs") for line in harmless)
+        done = folder.finished()
+        if done is not None and (longer or done.get("scored") != source):
+            folder.reopen()
+        elif harmless and done is None:
+            print(f"{folder.path} goes on with: {'; '.join(harmless)}")
+    if (done := folder.finished()) is not None:
+        return done, None
+    resume = last_checkpoint(folder.path / "checkpoints") if cfg.mode == "fit" else None
+    if rank_zero_only.rank == 0:
+        _not_for_ever(cfg, folder, _step(resume) or 0)
+        folder.write_config(config)
+    return None, resume
+
+
+def _step(checkpoint: Path | None) -> int | None:
+    return int(checkpoint.stem.removeprefix("step-")) if checkpoint else None
+
+
+def _not_for_ever(cfg: DictConfig, folder: RunFolder, step: int) -> None:
+    """Refuse a Slurm job that comes back again and again without getting on."""
+    in_vain = events.starts_in_vain(folder.path, step)
+    if in_vain > cfg.trainer.max_requeues:
+        why = f"started {in_vain} times after step {step} without a checkpoint beyond it"
+        events.record(folder.path, "stop", step=step, ranks=launched().processes, detail=why)
+        raise BeitError(
+            f"{folder.path}: this Slurm job was {why} (trainer.max_requeues={cfg.trainer.max_requeues}) and is not "
+            "started again: give it more time (hydra.launcher.timeout_min), or write checkpoints more often "
+            "(checkpoint.every_minutes); a new job of the same command goes on"
+        )
 
 
 def _source_hash(cfg: DictConfig) -> str | None:
@@ -88,15 +135,16 @@ def _source_hash(cfg: DictConfig) -> str | None:
     return files.sha256(files.resolve(Path(cfg.init_from), key="init_from"))
 
 
-def _train(cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> Results:
-    """Fit, or with mode=evaluate score `init_from` on the held-out images."""
+def _train(
+    cfg: DictConfig, config: dict[str, Any], folder: RunFolder, resume: Path | None, signals: Signals | None
+) -> Results:
+    """Fit, from the checkpoint `resume` on, or with mode=evaluate score `init_from` on the held-out images."""
     began, earlier = time.monotonic(), _earlier_seconds(folder.path)
-    resume = last_checkpoint(folder.path / "checkpoints") if cfg.mode == "fit" else None
     with open_dict(cfg):
-        cfg.resume_step = int(resume.stem.removeprefix("step-")) if resume else None
+        cfg.resume_step = _step(resume)
     if cfg.mode == "evaluate":
-        _forward_only(cfg, (devices(cfg) or 1) * cfg.trainer.num_nodes)
-    stage, data, trainer, report = build_run(cfg, config)
+        _forward_only(cfg, processes(cfg))
+    stage, data, trainer, report = build_run(cfg, config, signals)
     if report is not None and rank_zero_only.rank == 0:
         _tell_transfer(cfg, report, folder)
     if cfg.stage.name == "segment":
@@ -105,10 +153,11 @@ def _train(cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> Result
     if cfg.stage.name == "pretrain" and rank_zero_only.rank == 0:
         draw_sheet(stage.views.mask, path=folder.path / "pictures" / "masks.png", seed=cfg.seed)
     if cfg.mode == "fit":
-        try:
-            trainer.fit(stage, datamodule=data, ckpt_path=resume)
-        except SystemExit:  # what Lightning makes of Ctrl-C
-            raise KeyboardInterrupt from None
+        with signals.held() if signals else nullcontext():
+            try:
+                trainer.fit(stage, datamodule=data, ckpt_path=resume)
+            except SystemExit:  # what Lightning makes of Ctrl-C
+                raise KeyboardInterrupt from None
     elif "val" in data.splits:
         trainer.validate(stage, datamodule=data, verbose=False)
     if cfg.stage.name in SUPERVISED and "test" in data.splits:

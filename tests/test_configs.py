@@ -21,7 +21,7 @@ from beit_pretrain.compose import choices, compose, config_dir
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 STAGES = ("tokenizer", "pretrain", "classify", "probe", "segment", "knn")
-GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
+GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name != "hydra")
 DIFFS = ("experiment", "chain")  # their options are explained where they are defined
 SPEAKS_FOR_ITSELF = ("_target_", "_convert_", "defaults", "name")
 
@@ -59,7 +59,7 @@ def header(path: Path) -> list[str]:
 def command(path: Path) -> list[str]:
     """The overrides of the first command in a file's opening comment."""
     for line in header(path):
-        if found := re.search(r"beit-train((?: +~?[\w.]+(?:=[^\s`(,;]+)?)*)", line):
+        if found := re.search(r"beit-(?:train(?: -m)?|tools sweep)((?: +~?[\w./]+(?:=[^\s`(,;]+)?)*)", line):
             return [word for word in found[1].split() if word.startswith("~") or "=" in word]
     raise AssertionError(f"{relative(path)}: open with a comment that names a command which uses it")
 
@@ -72,7 +72,10 @@ def without_checkpoints(overrides: list[str]) -> list[str]:
 def test_a_file_opens_with_a_command_that_chooses_it(path: Path) -> None:
     overrides = command(path)
     cfg = compose(without_checkpoints(overrides))
-    group, default = path.parent.name, OmegaConf.load(CONFIGS / "train.yaml").defaults
+    group, default = (
+        path.parent.relative_to(CONFIGS).as_posix(),
+        OmegaConf.load(CONFIGS / "train.yaml").defaults,
+    )
     by_default = any(entry == {group: path.stem} for entry in default) or path == CONFIGS / "train.yaml"
     assert by_default or f"{group}={path.stem}" in overrides
     assert isinstance(cfg, DictConfig)
@@ -89,7 +92,8 @@ def test_every_option_has_a_comment(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_a_name_is_that_of_its_file(path: Path) -> None:
     name = yaml.safe_load(path.read_text()).get("name")
-    assert name in (None, path.stem, "${.dataset}")
+    job = "beit-train" if "hydra" in relative(path) else None  # what squeue shows
+    assert name in (None, path.stem, "${.dataset}", job)
 
 
 def unexplained(text: str) -> Iterator[tuple[str, int]]:

@@ -1,18 +1,25 @@
-"""How fast a run is, and how much of its time it waits for data."""
+"""How fast a run is, how much of its time it waits for data, and what it uses of its machines."""
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 
+from beit_pretrain.callbacks import machine
 from beit_pretrain.callbacks.csv_log import read_rows
 
 
 class _Stage(Protocol):
     batch_size: int
+
+    @property
+    def device(self) -> torch.device: ...
 
     @property
     def total_steps(self) -> int: ...
@@ -24,10 +31,14 @@ class Throughput(Callback):
     """Logs, averaged over the last `every_steps` optimiser steps, under `time/`:
 
     `images_per_second` of all ranks together; `data_wait_share`, the share of the time between the end of one
-    batch and the start of the next, as this process sees it (work queued on an accelerator may still run);
-    `seconds` of wall time in training over all starts of the run, as far as `timing.csv` knows of earlier
-    ones. Validation, pictures and checkpoints don't count in the first two: a gap between batches in which
-    one of them fell is left out.
+    batch and the start of the next, as the process sees it (work queued on an accelerator may still run), of the
+    rank that waits longest, since it holds up all; `seconds` of wall time in training over all starts of the run,
+    as far as `timing.csv` knows of earlier ones. Validation, pictures and checkpoints don't count in the first
+    two: a gap between batches in which one of them fell is left out.
+
+    Beside them, the largest over all ranks of `memory_gb`, the peak of main memory so far, and `gpu_memory_gb`, the
+    peak of allocated GPU memory since the last row; `gpu_utilisation`, of the GPU that is least busy as the row is
+    written (if nvidia-ml-py is installed); with 16-mixed, `loss_scale`.
     """
 
     def __init__(self, run_dir: str | Path, every_steps: int) -> None:
@@ -80,14 +91,34 @@ class Throughput(Callback):
         self._gap_began = None
 
     def _log(self, trainer: Trainer, stage: _Stage, now: float) -> None:
-        total = self._waited + self._worked
+        total, device = self._waited + self._worked, stage.device
         images = (trainer.global_step - self._logged_step) * stage.batch_size
-        stage.log_metrics(
-            {
-                "time/images_per_second": images / total,
-                "time/data_wait_share": self._waited / total,
-                "time/seconds": self._earlier + now - self._began,
-            }
+        # The same values in the same order on each rank, known or not: no rank may wait for another in vain.
+        wait, memory, gpu_memory, gpu_idle = machine.largest(
+            [
+                self._waited / total,
+                machine.peak_memory(),
+                machine.peak_gpu_memory(device),
+                machine.gpu_idle(device),
+            ],
+            device,
         )
+        known = {
+            "images_per_second": images / total,
+            "data_wait_share": wait,
+            "seconds": self._earlier + now - self._began,
+            "memory_gb": memory,
+            "gpu_memory_gb": gpu_memory,
+            "gpu_utilisation": 1 - gpu_idle,
+            "loss_scale": loss_scale(trainer),
+        }
+        stage.log_metrics({f"time/{name}": value for name, value in known.items() if math.isfinite(value)})
         self._logged_step = trainer.global_step
         self._waited = self._worked = 0.0
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """What trainer.precision=16-mixed multiplies the loss with now; unknown elsewhere."""
+    plugin = trainer.precision_plugin
+    scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
+    return machine.UNKNOWN if scaler is None else float(scaler.get_scale())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from beit_pretrain.errors import ConfigError
 
 ID_FILE = "wandb_id"
+STEP = "trainer/global_step"  # the axis of all charts
+BEGIN = 60.0  # seconds to wait for W&B at the start; then the run is logged offline
+FINISH = 120.0  # seconds to wait at the end for what is not uploaded yet; W&B's own patience has no end
 
 
 class WandbLog(WandbLogger):
     """A W&B run that goes on when the run folder goes on, offline when it can't be online.
 
-    W&B also keeps what was logged after the checkpoint that a restart begins from; `trainer/global_step` is
-    the common axis. Raises ConfigError where the package is missing.
+    Steps that a restart does again are not logged again: W&B says how far it got. What it did not get, since the
+    network went away, lies in the folder `wandb`. Raises ConfigError where the package is missing.
     """
 
     def __init__(
@@ -40,6 +44,8 @@ class WandbLog(WandbLogger):
             )
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        import wandb
+
         super().__init__(
             name=title,
             save_dir=folder,
@@ -48,7 +54,9 @@ class WandbLog(WandbLogger):
             entity=entity,
             group=group,
             tags=list(tags) if tags else None,
+            settings=wandb.Settings(init_timeout=BEGIN, finish_timeout=FINISH),
         )
+        self._logged = -1  # the step up to which W&B has this run from before
         del self._wandb_init["anonymous"]  # Lightning still passes it on, W&B warns that it is gone
         if rank_zero_only.rank == 0 and not _logged_in():
             self._go_offline("no W&B credentials found (`wandb login`, or WANDB_API_KEY)")
@@ -57,15 +65,27 @@ class WandbLog(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The W&B run, begun at the first use."""
+        import wandb
         from wandb.errors import AuthenticationError, CommError
 
         if self._experiment is not None:
             return self._experiment
         try:
-            return super().experiment
+            run = super().experiment
         except (CommError, AuthenticationError) as error:
-            self._go_offline(f"W&B could not be reached: {error}")
+            wandb.teardown()  # W&B's own process, which still holds the run id
+            self._go_offline(f"W&B could not be reached: {' '.join(str(error).split())}")
             return super().experiment
+        if isinstance(run, wandb.Run) and run.resumed:
+            self._logged = int(run.summary.get(STEP, -1))
+        return run
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log numbers of a step that W&B does not have yet; of its last one it may have a part."""
+        _ = self.experiment  # begun here at the latest, it says how far W&B got
+        if step is None or step >= self._logged:
+            super().log_metrics(metrics, step)
 
     def _go_offline(self, why: str) -> None:
         rank_zero_warn(

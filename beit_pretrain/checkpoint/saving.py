@@ -63,6 +63,12 @@ class SaveCheckpoints(Checkpoint):
         self.best_value: float | None = None
         self.best_step = -1
         self._written = time.monotonic()
+        self._saved_step = -1
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint now, unless this step has one; right after an update, on all ranks."""
+        if self._saved_step != trainer.global_step:
+            self._save(trainer, best=False)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_value": self.best_value, "best_step": self.best_step}
@@ -84,7 +90,7 @@ class SaveCheckpoints(Checkpoint):
                 trainer.strategy.reduce_boolean_decision(late, all=False) if trainer.world_size > 1 else late
             )
         if due:
-            self._save(trainer, best=False)
+            self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name, wanted = self.monitor, "min"
@@ -97,13 +103,16 @@ class SaveCheckpoints(Checkpoint):
         self._save(trainer, best)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.ckpt_path is not None:
+            self._saved_step = trainer.global_step
         # A run killed between writing its best checkpoint and naming it so.
         best = self.folder / f"step-{self.best_step:08d}.ckpt"
         if trainer.is_global_zero and best.exists():
             _link(self.folder / "best.ckpt", best)
 
     def _save(self, trainer: Trainer, best: bool) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
@@ -112,7 +121,7 @@ class SaveCheckpoints(Checkpoint):
                 _link(self.folder / "best.ckpt", path)
             for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
                 old.unlink()
-        self._written = time.monotonic()
+        self._written, self._saved_step = time.monotonic(), trainer.global_step
 
 
 def _better(value: float, best: float | None, wanted: str) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +79,12 @@ class BadImages:
 
 
 def _append(log: Path, row: Sequence[str]) -> None:
-    # One write to a file opened for appending: lines of several processes do not mix.
+    # One write to a file opened for appending: lines of several processes do not mix, and with the lock, where the
+    # file system has locks, those of several machines neither.
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
+        with suppress(OSError):
+            fcntl.lockf(descriptor, fcntl.LOCK_EX)  # until it is closed
         text = io.StringIO()
         csv.writer(text).writerows([row] if os.fstat(descriptor).st_size else [_HEADER, row])
         os.write(descriptor, text.getvalue().encode("utf-8", "surrogateescape"))

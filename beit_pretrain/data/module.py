@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,6 +150,16 @@ class DataModule(LightningDataModule):
             f"set {', or '.join(advice)}"
         )
 
+    def setup(self, stage: str) -> None:
+        """ConfigError if a device would have no held-out image: the others would wait for its part of the score."""
+        _, world = self._place()
+        for split in self.splits.keys() - {"train"}:
+            if world > (count := len(self.splits[split])):
+                raise ConfigError(
+                    f"{world} devices (trainer.devices x trainer.num_nodes) cannot share {count} {split} images: "
+                    f"set trainer.devices and trainer.num_nodes to {count} devices or less, or give more images"
+                )
+
     def train_dataloader(self) -> ResumableLoader:
         rank, world = self._place()
         batches = TrainBatches(
@@ -230,11 +241,18 @@ class DataModule(LightningDataModule):
             num_workers=self.workers,
             collate_fn=dataset.collate,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            worker_init_fn=_leave_signals,
             persistent_workers=keep_workers and self.workers > 0,
             # A loader draws a base seed for its workers whenever it is iterated: not from the global
             # generator, or a validation in between would change the training.
             generator=Generator().manual_seed(self.seed),
         )
+
+
+def _leave_signals(worker: int) -> None:
+    """Slurm signals a whole process group: a worker that died of it would take the run along before it has saved."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _splits(source: Source, val_share: float) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit_pretrain.errors import BeitError, ConfigError
-from beit_pretrain.models.blocks import Block, Kernel, KernelChoice, choose_kernel
+from beit_pretrain.models.blocks import Block, KernelChoice, OwnBias, choose_kernel
 from beit_pretrain.models.rel_pos import BiasLookup, RelativePositionBias, resize_positions, table_rows
 
 RelPos = Literal["shared", "per_layer", "none"]
@@ -158,23 +159,20 @@ class Beit(nn.Module):
         grid = self._grid_of(image)
         kernel = choose_kernel(self.attention, image.device)
         tokens = self._embed(image, mask, grid)  # (B, L, D)
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias(grid)  # (H, L, L)
+        bias: Tensor | OwnBias | None = None
+        if self.rel_pos_bias is not None:
+            bias = self.rel_pos_bias(grid)  # (H, L, L)
+        elif self.lookup is not None:
+            # Made within the block: checkpointing forgets it too, and a table in shares is whole there.
+            bias = partial(self.lookup, grid=grid)
         after: dict[int, Tensor] = {}
         for i, block in enumerate(self._blocks()[: max(blocks, default=-1) + 1]):
             if self.checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(self._run, block, tokens, bias, grid, kernel, use_reentrant=False)
+                tokens = checkpoint(block, tokens, bias, kernel, use_reentrant=False)
             else:
-                tokens = self._run(block, tokens, bias, grid, kernel)
+                tokens = block(tokens, bias, kernel)
             after[i] = tokens
         return [after[i] for i in blocks]
-
-    def _run(
-        self, block: Block, tokens: Tensor, bias: Tensor | None, grid: tuple[int, int], kernel: Kernel
-    ) -> Tensor:
-        # A block's own bias is made in here, so that checkpointing forgets it too.
-        if self.lookup is not None:
-            bias = self.lookup(block.attn.relative_position_bias_table, grid)
-        return block(tokens, bias, kernel)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]

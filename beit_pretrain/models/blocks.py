@@ -5,6 +5,7 @@ Letters: B images, L = 1 + N tokens, D width, H heads, C = D / H width of a head
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ NORM_EPS = 1e-6
 
 Kernel = Literal["plain", "sdpa"]
 KernelChoice = Literal["auto", "plain", "sdpa"]
+OwnBias = Callable[[Tensor], Tensor]  # table (R, H) -> bias (H, L, L)
 
 
 def choose_kernel(choice: KernelChoice, device: torch.device) -> Kernel:
@@ -89,8 +91,11 @@ class Block(nn.Module):
         self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, tokens: Tensor, bias: Tensor | None, kernel: Kernel) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
+    def forward(self, tokens: Tensor, bias: Tensor | OwnBias | None, kernel: Kernel) -> Tensor:
+        """(B, L, D) -> (B, L, D), with bias (H, L, L) on the logits, or with what makes it of the block's own table."""
+        if bias is not None and not isinstance(bias, Tensor):
+            assert self.attn.relative_position_bias_table is not None
+            bias = bias(self.attn.relative_position_bias_table)
         tokens = tokens + self.drop_path(_scaled(self.attn(self.norm1(tokens), bias, kernel), self.gamma_1))
         return tokens + self.drop_path(_scaled(self.mlp(self.norm2(tokens)), self.gamma_2))
 

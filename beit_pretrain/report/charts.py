@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -21,10 +22,18 @@ LOSSES = {
 def run_charts(run: Run) -> list[Chart]:
     """The charts of training, in the order of the page; one with a single point of each line says nothing."""
     made = (loss(run), accuracy(run), reconstruction(run), divergence(run), temperature(run), perplexity(run))
-    made += (codebook(run), knn_while_training(run), probe_while_training(run))
-    made += (learning_rate(run), gradient_norm(run))
-    found = [chart for chart in (*made, speed(run), waiting(run)) if chart is not None]
-    return [chart for chart in found if max(len(line.series.value) for line in chart.lines) > 1]
+    made += (codebook(run), knn_while_training(run), probe_while_training(run), learning_rate(run))
+    return drawable(run, made)
+
+
+def drawable(run: Run, made: Iterable[Chart | None]) -> list[Chart]:
+    """The charts in which there is a line to see, each with the restarts of the run marked."""
+    return [chart for chart in marked(run, made) if max(len(line.series.value) for line in chart.lines) > 1]
+
+
+def marked(run: Run, made: Iterable[Chart | None]) -> list[Chart]:
+    """Charts over the steps of a run with its restarts."""
+    return [replace(chart, marks=run.restarts) for chart in made if chart is not None]
 
 
 def loss(run: Run) -> Chart | None:
@@ -149,28 +158,6 @@ def learning_rate(run: Run) -> Chart | None:
     return Chart(title="Learning rate", lines=lines, log=wide, zero=not wide)
 
 
-def gradient_norm(run: Run) -> Chart | None:
-    """On a logarithmic axis once spikes would hide everything else."""
-    line = _typical(run.metrics.get("train/grad_norm"))
-    if line is None:
-        return None
-    values = line.series.value
-    spiky = bool(values.min() > 0 and values.max() > 20 * np.median(values))
-    return Chart(title="Gradient norm", lines=[line], log=spiky, zero=not spiky, note="before clipping")
-
-
-def speed(run: Run) -> Chart | None:
-    line = _typical(run.timing.get("images_per_second"))
-    return None if line is None else Chart(title="Images per second", lines=[line], zero=True)
-
-
-def waiting(run: Run) -> Chart | None:
-    line = _typical(run.timing.get("data_wait_share"))
-    if line is None:
-        return None
-    return Chart(title="Waiting for data", lines=[line], percent=True, zero=True, note="share of the time")
-
-
 def knn_by_block(run: Run) -> Chart | None:
     """Final kNN accuracy along the depth, with the untrained encoder and raw pixels to compare with."""
     source = run.path / "results.json"
@@ -203,14 +190,6 @@ def knn_by_block(run: Run) -> Chart | None:
 def _named(line: Line, label: str, colour: str = "training") -> Line:
     """The same curve under another name, its peak in the legend."""
     return replace(line, label=label, colour=colour, number=float(line.series.finite().value.max()))
-
-
-def _typical(series: Series | None) -> Line | None:
-    """A noisy quantity, its median in the legend."""
-    known = None if series is None else series.finite()
-    if known is None or not len(known.value):
-        return None
-    return Line(label="median", series=known, smooth=True, number=float(np.median(known.value)))
 
 
 def _of_blocks(run: Run, prefix: str) -> dict[int, Series]:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from beit_pretrain.report.folder import Series
-from beit_pretrain.report.words import compact
+from beit_pretrain.report.words import compact, whole
 
 # The light colours. Each is unique because it is replaced by var(--name); style.css holds both sets.
 PALETTE = {
@@ -29,6 +29,7 @@ PALETTE = {
     "fourth": "#7a4fa3",
     "baseline": "#646c76",
     "faint": "#a9b4c1",
+    "mark": "#b98a2e",
     "ink": "#555d66",
     "grid": "#e3e7ec",
     "paper": "#fefefe",
@@ -57,6 +58,7 @@ class Line:
     smooth: bool = False
     markers: bool = False
     quiet: bool = False  # drawn, but neither thick nor in the legend
+    crowd: bool = False  # one of many: thin, and a smooth one without its trace
     number: float | None = None  # beside the label in the legend; the last value if not given
 
 
@@ -83,16 +85,22 @@ class Chart:
     log: bool = False
     zero: bool = False  # the value axis starts at zero
     every: bool = False  # one tick for each position along the chart (blocks)
+    marks: list[int] = field(default_factory=list)  # where along the chart the run was started again
+    fold: int | None = None  # entries of the legend that are not folded away
 
     def legend(self) -> list[tuple[str, str, str, str]]:
-        """(label, last value, colour, dash) for each line that has a name."""
+        """(label, last value, colour, dash) for each line that has a name, and the number of restarts."""
         shown = [
             (line.label, line.series.last if line.number is None else line.number, line.colour, line.dash)
             for line in self.lines
             if not line.quiet
         ]
         shown += [(level.label, level.value, level.colour, level.dash) for level in self.levels]
-        return [(label, self.value(number), colour, dash) for label, number, colour, dash in shown]
+        entries = [(label, self.value(number), colour, dash) for label, number, colour, dash in shown]
+        restarts = [
+            ("restarts" if len(self.marks) > 1 else "restart", whole(len(self.marks)), "mark", "mark")
+        ]
+        return entries + (restarts if self.marks else [])
 
     def value(self, number: float) -> str:
         return f"{100 * number:.1f}%" if self.percent else compact(number)
@@ -154,6 +162,8 @@ def draw(chart: Chart) -> str:
         axes = figure.add_axes((0.118, 0.1, 0.847, 0.875), facecolor="none")
         if chart.log:
             axes.set_yscale("log")
+        for step in sorted(set(chart.marks)):
+            axes.axvline(step, color=PALETTE["mark"], linewidth=0.8, zorder=1.5)
         for level in chart.levels:
             axes.axhline(
                 level.value, color=PALETTE[level.colour], linestyle=DASHES[level.dash], linewidth=1.1
@@ -174,20 +184,23 @@ def _draw_line(axes: Axes, line: Line, *, log: bool) -> np.ndarray:
         series = Series(series.step[series.value > 0], series.value[series.value > 0])
     colour = PALETTE[line.colour]
     means, extremes = thin(series)
-    width = 0.9 if line.quiet else 1.5
+    width, above = (0.9, 2.5) if line.quiet or line.crowd else (1.5, 3)
     if line.smooth and len(means.value) >= 20:
-        axes.plot(*extremes, color=colour, alpha=0.25, linewidth=0.7, zorder=2)
+        if not line.crowd:
+            axes.plot(*extremes, color=colour, alpha=0.25, linewidth=0.7, zorder=2)
         window = max(3.0, len(means.value) / 40)
         if log:
             smooth = np.exp(moving_average(np.log(means.value), window))
         else:
             smooth = moving_average(tame(means.value), window)
-        axes.plot(means.step, smooth, color=colour, linewidth=width, linestyle=DASHES[line.dash], zorder=3)
+        axes.plot(
+            means.step, smooth, color=colour, linewidth=width, linestyle=DASHES[line.dash], zorder=above
+        )
         # The trace of a wild step runs out of a linear chart, which shows the rest at its own scale.
         return np.concatenate([smooth, extremes.value if log else common_range(extremes.value)])
     few = len(series.value) <= 40
     marker = {"marker": "o", "markersize": 3.2} if (line.markers and few) or len(series.value) == 1 else {}
-    axes.plot(*extremes, color=colour, linewidth=width, linestyle=DASHES[line.dash], zorder=3, **marker)
+    axes.plot(*extremes, color=colour, linewidth=width, linestyle=DASHES[line.dash], zorder=above, **marker)
     return extremes.value
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 
 from beit_pretrain.errors import BeitError
+from beit_pretrain.report.events import Event, read_events, restarts
 
 
 class Series(NamedTuple):
@@ -48,6 +49,7 @@ class Run:
     config_text: str
     metrics: Mapping[str, Series]
     timing: Mapping[str, Series]
+    events: list[Event]
     sheets: list[Path]
     masks: Path | None
 
@@ -57,11 +59,17 @@ class Run:
 
     @property
     def stage(self) -> str:
-        return text(self.results, "stage") or text(self.config, "stage")
+        config = mapping(self.config, "stage", self.path / "config.yaml")
+        return text(self.results, "stage") or text(config, "name")
 
     @property
     def status(self) -> str:
         return text(self.results, "status") or "unfinished"
+
+    @property
+    def restarts(self) -> list[int]:
+        """The steps after which the run went on."""
+        return restarts(self.events)
 
     def section(self, *keys: str) -> Mapping[str, Any]:
         """The mapping inside `results.json` at the path `keys`; empty if the run did not write it."""
@@ -96,6 +104,7 @@ def read_run(path: Path) -> Run:
         config_text=config_text,
         metrics=read_series(path / "metrics.csv"),
         timing=read_series(path / "timing.csv"),
+        events=read_events(path / "events.csv"),
         sheets=sorted(sheets, key=sheet_step),
         masks=masks if masks.is_file() else None,
     )

@@ -15,7 +15,9 @@ from markupsafe import Markup
 from beit_pretrain.errors import BeitError
 from beit_pretrain.report import charts, classification, comparison, pictures, probing, sections, segmentation
 from beit_pretrain.report.curves import Chart, draw
+from beit_pretrain.report.events import Start
 from beit_pretrain.report.folder import Run, read_run, sheet_step
+from beit_pretrain.report.health import health
 from beit_pretrain.report.heat_map import HeatMap, heat_map
 from beit_pretrain.report.words import duration, interval, whole
 
@@ -40,6 +42,14 @@ class ClassesView(NamedTuple):
     confusions: list[str]
 
 
+class HealthView(NamedTuple):
+    """The section on health: drawn charts, and the starts of a run that was interrupted."""
+
+    charts: list[View]
+    starts: list[Start]
+    earlier: list[Start]
+
+
 class Link(NamedTuple):
     """One row of a chain and what the page shows of it."""
 
@@ -62,21 +72,22 @@ def make_report(run: Path) -> Path:
     """
     found = read_run(run)
     knn_chart, probe_chart = charts.knn_by_block(found), probing.by_block(found)
-    page = _render(
+    page = render(
         "run.html.j2",
         title=found.name,
         stage=sections.stage_words(found),
         status=found.status,
         tiles=sections.tiles(found),
-        charts=[_view(chart) for chart in charts.run_charts(found)],
+        charts=[view(chart) for chart in charts.run_charts(found)],
+        health=_health(found),
         sheets=_outer_sheets(found),
         strip=_strip(found),
         masks=None if found.masks is None else pictures.embed(found.masks, "Hidden patches (mask sheet)"),
         knn_bars=sections.knn_bars(found),
         knn_rows=sections.knn_rows(found),
         knn_remark=sections.knn_remark(found),
-        knn_chart=None if knn_chart is None else _view(knn_chart),
-        probe_chart=None if probe_chart is None else _view(probe_chart),
+        knn_chart=None if knn_chart is None else view(knn_chart),
+        probe_chart=None if probe_chart is None else view(probe_chart),
         probe_rows=probing.probe_rows(found),
         classes=_classes(found),
         segmentation=segmentation.section(found),
@@ -87,7 +98,7 @@ def make_report(run: Path) -> Path:
         environment=sections.environment(found),
         config=found.config_text,
     )
-    return _write(run / "report.html", page)
+    return write(run / "report.html", page)
 
 
 def make_chain_report(folder: Path, links: Sequence[tuple[str, Path]]) -> Path:
@@ -103,21 +114,21 @@ def make_chain_report(folder: Path, links: Sequence[tuple[str, Path]]) -> Path:
     present = [(name, run) for name, _, run in runs if run is not None]
     compared, segmented = comparison.compare(present), comparison.compare_segmentation(present)
     measured = [run for _, run in present if sections.knn_bars(run)]
-    page = _render(
+    page = render(
         "chain.html.j2",
         title=folder.resolve().name,
         status="finished" if all(view.status == "finished" for view in views) else "unfinished",
         total=duration(sum(run.number("seconds") or 0.0 for _, run in present)),
         links=views,
         compared=[
-            (title, found, None if found.chart is None else _view(found.chart))
+            (title, found, None if found.chart is None else view(found.chart))
             for title, found in (("", compared), (" in segmentation", segmented))
             if found is not None
         ],
         knn_bars=sections.knn_bars(measured[-1]) if measured and compared is None else [],
         knn_remark=sections.knn_remark(measured[-1]) if measured else "",
     )
-    return _write(folder / "report.html", page)
+    return write(folder / "report.html", page)
 
 
 def _link(name: str, path: Path, run: Run | None, folder: Path) -> Link:
@@ -128,7 +139,8 @@ def _link(name: str, path: Path, run: Run | None, folder: Path) -> Link:
     key = (
         [] if run.stage == "probe" else [charts.loss(run), charts.accuracy(run) or charts.reconstruction(run)]
     )
-    key += [probing.by_block(run), charts.knn_by_block(run)]
+    key = charts.marked(run, key)
+    key += [chart for chart in (probing.by_block(run), charts.knn_by_block(run)) if chart is not None]
     held_out = sections.held_out(run)
     seconds = run.number("seconds")
     return Link(
@@ -139,7 +151,7 @@ def _link(name: str, path: Path, run: Run | None, folder: Path) -> Link:
         time="" if seconds is None else duration(seconds),
         href=href,
         sentences=[] if held_out is None else held_out.sentences,
-        charts=[_view(chart) for chart in key if chart is not None],
+        charts=[view(chart) for chart in key],
         picture=_sheet(run.sheets[-1]) if run.sheets else None,
     )
 
@@ -154,7 +166,13 @@ def _classes(run: Run) -> ClassesView | None:
     return ClassesView(said, rows[:first], rows[first:], heat_map(found), mistakes)
 
 
-def _view(chart: Chart) -> View:
+def _health(run: Run) -> HealthView | None:
+    found = health(run)
+    return None if found is None else HealthView([view(chart) for chart in found.charts], *found[1:])
+
+
+def view(chart: Chart) -> View:
+    """The chart, drawn."""
     return View(chart, Markup(draw(chart)))
 
 
@@ -178,7 +196,8 @@ def _step(sheet: Path) -> str:
     return f"Step {whole(sheet_step(sheet))}"
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """A page from its template."""
     style = Markup((HERE / "style.css").read_text(encoding="utf-8"))
     return _templates().get_template(template).render(style=style, **values)
 
@@ -191,7 +210,7 @@ def _templates() -> Environment:
     return made
 
 
-def _write(path: Path, page: str) -> Path:
+def write(path: Path, page: str) -> Path:
     """A whole page or the one before it, never half of one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -24,6 +24,7 @@ from beit_pretrain import optim
 from beit_pretrain.checkpoint import files
 from beit_pretrain.errors import CheckpointError, TrainingError
 from beit_pretrain.stages.bad_steps import keep_bad_step
+from beit_pretrain.stages.gradients import scale_and_clip
 from beit_pretrain.stages.loop_state import fit_loop_state
 
 BAD_STEPS_KEPT = 3  # each file holds the weights, so a run that never recovers must not fill the disk
@@ -140,6 +141,11 @@ class Stage(LightningModule, ABC):
         """Number of blocks, for the layer-wise learning-rate decay."""
         return 0
 
+    @property
+    def units(self) -> Sequence[nn.Module]:
+        """What trainer.strategy=fsdp gathers one at a time: the blocks that are trained. Without any it is ddp."""
+        return ()
+
     def setup(self, stage: str) -> None:
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         self.batch_size = data.batch_size
@@ -185,17 +191,13 @@ class Stage(LightningModule, ABC):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Weight the mean exactly, clip, and refuse the update if anything on any rank is not finite."""
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        totals = self._step_totals()
+        totals, factor = self._step_totals(), None
         if self.counts_vary:
             # Lightning and DDP averaged over micro-batches and ranks as if each held as many items; the true
             # mean is the sum over the global batch divided by the count of the global batch.
             even = sum(self.expected_count(batch) for batch in self._batches) * self.trainer.world_size
             factor = even / totals["count"].clamp(min=1)
-            for p in params:
-                assert p.grad is not None
-                p.grad.mul_(factor.to(p.grad.dtype))
-        norm = nn.utils.clip_grad_norm_(params, self.recipe.clip or float("inf"))
+        norm = scale_and_clip(optimizer, factor, self.recipe.clip)
         good = torch.isfinite(norm) & torch.isfinite(totals["loss"])
         if dist.is_initialized():
             agreed = good.to(torch.int32)
@@ -243,7 +245,7 @@ class Stage(LightningModule, ABC):
                 step=step,
                 rank=self.global_rank,
                 batches=self._batches,
-                state=self._own_state(self.state_dict()),
+                state=self._own_state(self.trainer.strategy.lightning_module_state_dict()),
                 record=self.record,
                 precision=str(self.trainer.precision),
             )
@@ -328,8 +330,10 @@ class Stage(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.merge_ranks()
+        state = checkpoint["state_dict"]
         # Statistics were merged after Lightning had collected the state.
-        checkpoint["state_dict"] = self._own_state(self.state_dict())
+        state |= {name: value for name, value in self.named_buffers() if name in state}
+        checkpoint["state_dict"] = self._own_state(state)
         # The place in the run is arithmetic on the step; Lightning's loop counters would say less and bind the
         # file to one batch split.
         del checkpoint["loops"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -94,6 +94,10 @@ class Classify(Stage):
     @property
     def depth(self) -> int:
         return self.encoder.depth
+
+    @property
+    def units(self) -> list[nn.Module]:
+        return [block for encoder, _ in self._models().values() for block in cast(Beit, encoder).blocks]
 
     def compute(self, batch: Any, step: int) -> StepResult:
         image, target = self.normalize(batch.image), batch.label

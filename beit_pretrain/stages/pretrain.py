@@ -55,6 +55,10 @@ class Pretrain(Stage):
     def depth(self) -> int:
         return self.encoder.depth
 
+    @property
+    def units(self) -> list[nn.Module]:
+        return list(self.encoder.blocks)
+
     def train(self, mode: bool = True) -> Pretrain:
         super().train(mode)
         self.tokenizer.eval()

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beit_pretrain.checkpoint.adapt import check_classes
@@ -72,6 +72,10 @@ class Segment(Stage):
     @property
     def depth(self) -> int:
         return self.encoder.depth
+
+    @property
+    def units(self) -> list[nn.Module]:
+        return list(self.encoder.blocks)
 
     def maps(self, image: Tensor) -> list[Tensor]:
         """Normalised images (B, 3, H, W) -> the four blocks' maps (B, D, h, w)."""

@@ -90,3 +90,83 @@ def segment(
             device=device,
         )
     )
+
+
+@app.command()
+def sweep(
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(help="trials at a time, or jobs with --slurm", min=1)] = 1,
+    slurm: Annotated[bool, typer.Option("--slurm", help="submit the workers as a Slurm job array")] = False,
+    show: Annotated[bool, typer.Option("--show", help="only print the table so far")] = False,
+    in_job: Annotated[bool, typer.Option("--in-job", hidden=True)] = False,
+) -> None:
+    """Search for good settings: beit-tools sweep sweep=finetune stage=classify init_from=runs/pretrain data=...
+
+    Each trial is a run in runs/NAME/trial-0000 and so on; bad ones are stopped early. The same command goes on.
+    """
+    from beit_pretrain.tools.sweep import sweep as search
+
+    search(overrides or [], workers=workers, slurm=slurm, in_job=in_job, only_show=show)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="of a run or a chain, finished or not")]) -> None:
+    """Make report.html anew: beit-tools report runs/pretrain"""
+    from beit_pretrain.tools.report import report as make
+
+    typer.echo(make(folder.expanduser()))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="run folders, or a folder above them")],
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("compare.html"),
+    csv: Annotated[Path | None, typer.Option(help="a table to write, one row for each run")] = None,
+) -> None:
+    """Runs side by side, results, options that differ, curves: beit-tools compare runs/a runs/b --csv compare.csv"""
+    from beit_pretrain.tools.compare import compare as side_by_side
+
+    paths = [path.expanduser() for path in runs]
+    side_by_side(paths, out=out.expanduser(), csv=None if csv is None else csv.expanduser())
+
+
+@app.command()
+def sbatch(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="the script to write")] = Path("job.sh"),
+) -> None:
+    """Write a Slurm script for a run: beit-tools sbatch stage=pretrain data.root=/images hydra.launcher.nodes=4
+
+    Options hydra.launcher.* say what the job asks for; configs/hydra/launcher/slurm.yaml lists them.
+    """
+    from beit_pretrain.tools.sbatch import write_script
+
+    typer.echo(write_script(overrides or [], out.expanduser()))
+
+
+@app.command()
+def drill(
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="updates after which both runs end", min=4)] = 40,
+    signal: Annotated[
+        str | None, typer.Option(help="USR1, USR2 or TERM; else the first of trainer.signals")
+    ] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="as Slurm jobs, by hydra.launcher.*")] = False,
+    seed: Annotated[int, typer.Option(help="decides in which step the signal comes")] = 0,
+    out: Annotated[Path | None, typer.Option(help="folder of both runs; else runs/NAME-drill")] = None,
+    timeout: Annotated[
+        float, typer.Option(help="minutes that the job may take to start again", min=0.0)
+    ] = 30.0,
+) -> None:
+    """Interrupt a run and prove that nothing is lost: beit-tools drill stage=pretrain data.root=/images --slurm
+
+    A short run left alone and one with a signal must see the same samples and end with the same weights.
+    """
+    from beit_pretrain.tools.drill import drill as rehearse
+
+    folder = None if out is None else out.expanduser()
+    raise typer.Exit(
+        rehearse(
+            overrides or [], steps=steps, signal=signal, slurm=slurm, seed=seed, out=folder, timeout=timeout
+        )
+    )

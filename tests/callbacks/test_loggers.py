@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from callbacks.fake_wandb import FakeWandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from beit_pretrain.callbacks import wandb_log
@@ -119,3 +121,84 @@ def test_a_real_offline_run_asks_nothing_and_keeps_its_id(tmp_path: Path) -> Non
     run_id = (tmp_path / "run" / "wandb_id").read_text().strip()
     runs = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert runs and all(run.name.endswith(run_id) for run in runs)
+
+
+# --- with a server ------------------------------------------------------------------------------------------
+
+SERVED_RUN = """
+import sys
+from beit_pretrain.callbacks import wandb_log
+
+wandb_log.BEGIN, wandb_log.FINISH = 5.0, 5.0
+folder, first, last, end = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+log = wandb_log.WandbLog(folder, "toy", group="sweep")
+for step in range(first, last + 1, 10):
+    log.log_metrics({"train/loss": float(step)}, step)
+    if end == "slow":
+        print(step, flush=True)
+        sys.stdin.readline()
+if end == "kill":
+    sys.stdin.readline()
+log.finalize("success" if end == "done" else "failed")
+sys.exit(0 if end in ("done", "slow") else int(end))
+"""
+
+
+def served(folder: Path, url: str, *arguments: object) -> subprocess.Popen[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    return subprocess.Popen(
+        [sys.executable, "-c", SERVED_RUN, str(folder), *map(str, arguments)],
+        env={**clean, "WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40, "HOME": str(folder.parent)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_restarted_run_goes_on_in_wandb_without_steps_twice(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    with FakeWandb() as server:
+        # Ended by a signal, then killed ten steps after its checkpoint, then to its end.
+        for first, last, end, code in ((10, 50, 138, 138), (60, 100, "kill", -9), (80, 120, "done", 0)):
+            process = served(tmp_path / "run", server.url, first, last, end)
+            while end == "kill" and sum(map(len, server.rows.values())) < 10:
+                assert process.poll() is None
+                time.sleep(0.1)  # W&B is told every few seconds
+            if end == "kill":
+                process.kill()
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == code, output
+        ((run_id, rows),) = server.rows.items()
+    assert run_id == (tmp_path / "run" / "wandb_id").read_text().strip()
+    steps = [row["trainer/global_step"] for row in rows]
+    assert steps == [*range(10, 110, 10), 100, 110, 120]  # the last one before a kill may be there in part
+    assert [row["train/loss"] for row in rows] == steps and [row["_step"] for row in rows] == list(range(13))
+    assert server.exits[run_id][-1] == 0 and server.groups[run_id] == "sweep"
+
+
+@pytest.mark.slow
+def test_losing_the_network_does_not_stop_or_hold_up_a_run(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    with FakeWandb() as server:
+        process = served(tmp_path / "run", server.url, 10, 300, "slow")
+        assert process.stdin is not None and process.stdout is not None
+        while "10" not in process.stdout.readline().split():
+            pass
+    output, _ = process.communicate("\n" * 30, timeout=60)
+    assert process.returncode == 0, output
+    assert "300" in output.split()
+    (kept,) = (tmp_path / "run" / "wandb").glob("run-*/*.wandb")  # for `wandb sync`
+    assert kept.stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_without_a_server_the_run_is_logged_offline(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    with FakeWandb() as server:
+        pass
+    process = served(tmp_path / "run", server.url, 10, 30, "done")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "W&B could not be reached" in output, output
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))

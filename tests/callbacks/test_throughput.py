@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.loggers import Logger
 
 from beit_pretrain.callbacks import throughput
@@ -22,6 +23,9 @@ class Clock:
 
 class Run:
     """A trainer and a stage that do nothing but count."""
+
+    device = torch.device("cpu")
+    precision_plugin = None
 
     def __init__(self, callback: Throughput, clock: Clock, loggers: list[Logger]) -> None:
         self.callback, self.clock, self.loggers = callback, clock, loggers
@@ -63,6 +67,26 @@ def test_speed_and_waiting_are_averaged_over_the_steps_between(tmp_path: Path, c
     assert a["time/data_wait_share"] == pytest.approx(1.5 / 5.5)
     assert b["time/images_per_second"] == pytest.approx(128 / 4.5)
     assert (a["time/seconds"], b["time/seconds"]) == (5.5, 10.0)
+
+
+def test_the_rank_that_waits_longest_and_the_gpu_that_idles_most_are_told(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank sends as many values, known or not, and logs what came back."""
+    sent = []
+
+    def others(values: list[float], device: torch.device) -> list[float]:
+        sent.append(values)
+        return [0.75, 8.0, 40.0, 0.125]
+
+    monkeypatch.setattr(throughput.machine, "largest", others)
+    run = Run(Throughput(tmp_path, every_steps=1), clock, [])
+    run.hook("on_train_start")
+    run.batch(1.0, work=3.0)
+    ((_, row),) = run.logged
+    assert len(sent) == 1 and len(sent[0]) == 4 and sent[0][0] == 0.25
+    assert (row["time/data_wait_share"], row["time/gpu_utilisation"]) == (0.75, 0.875)
+    assert (row["time/memory_gb"], row["time/gpu_memory_gb"]) == (8.0, 40.0)
 
 
 def test_validation_and_checkpoints_are_not_waiting_for_data(tmp_path: Path, clock: Clock) -> None:

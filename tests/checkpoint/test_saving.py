@@ -27,6 +27,7 @@ def trainer(step: int, loss: float | None) -> Any:
         accumulate_grad_batches=2,
         num_training_batches=10,
         world_size=1,
+        ckpt_path=None,
     )
 
 
@@ -53,6 +54,19 @@ def test_a_stage_says_which_score_makes_the_best(tmp_path: Path) -> None:
     for step, loss in ((10, 1.0), (20, 2.0)):
         by_loss.on_train_epoch_end(trainer(step, loss), stage)
     assert by_loss.best_step == 10
+
+
+def test_asked_to_save_it_does_so_once_for_a_step(tmp_path: Path) -> None:
+    saver, now = SaveCheckpoints(folder=tmp_path), trainer(7, None)
+    written: list[Path] = []
+    now.save_checkpoint = lambda path: (written.append(path), path.write_text(""))
+    saver.save(now)
+    saver.save(now)
+    assert [path.name for path in written] == ["step-00000007.ckpt"]
+    going_on, now.ckpt_path = SaveCheckpoints(folder=tmp_path), written[0]
+    going_on.on_train_start(now, Stage)  # pyright: ignore[reportArgumentType]
+    going_on.save(now)
+    assert len(written) == 1, "the checkpoint that a run goes on from is there"
 
 
 def test_within_an_epoch_it_saves_by_step_after_whole_updates_only(tmp_path: Path) -> None:

@@ -59,9 +59,41 @@ class RecordSamples(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        line = json.dumps([trainer.global_step, batch_idx, batch.sample.tolist(), batch.view.tolist()])
+        place = [trainer.global_step, batch_idx, trainer.global_rank]
+        line = json.dumps([*place, batch.sample.tolist(), batch.view.tolist()])
         with self.path.open("a") as file:
             file.write(line + "\n")
+
+
+class Slow(Callback):
+    """Makes each step take about half a second longer."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        time.sleep(0.5)
+
+
+class Fail(Callback):
+    """Raises on one rank, after some steps."""
+
+    def __init__(self, rank: int, step: int = 10) -> None:
+        self.rank = rank
+        self.step = step
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == self.step:
+            raise RuntimeError(f"rank {self.rank} has had enough")
+
+
+@contextmanager
+def hearing_ctrl_c() -> Iterator[None]:
+    """Where the tests run in a shell's background, Ctrl-C is ignored, and a child would inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -79,9 +111,18 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def start(arguments: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
+def record(run: Path) -> list[str]:
+    """What a run has to be told so that `assert_same_run` can compare its samples."""
+    return [
+        "+callbacks.record._target_=running.RecordSamples",
+        f"+callbacks.record.path={run.parent}/{run.name}-samples.jsonl",
+    ]
+
+
+def start(arguments: Sequence[str], cwd: Path, by: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """`beit-train`, with another module `by` which it is started."""
     return subprocess.Popen(
-        [sys.executable, "-m", "beit_pretrain", *arguments],
+        [sys.executable, *by, "-m", "beit_pretrain", *arguments],
         cwd=cwd,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -132,6 +173,12 @@ def train_with_kills(arguments: Sequence[str], cwd: Path, run: Path, *, kills: i
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Equal bits: weights, optimiser, schedule, callback states, position, metrics, samples of every step."""
+    assert_same_end(one, other)
+    assert samples(one) == samples(other)
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Equal bits of what two runs leave behind."""
     left, right = (
         torch.load((run / "checkpoints" / "last.ckpt"), weights_only=True, map_location="cpu")
         for run in (one, other)
@@ -140,15 +187,14 @@ def assert_same_run(one: Path, other: Path) -> None:
     for key in ("state_dict", "optimizer_states", "callbacks", "lr_schedulers", "epoch"):
         assert_equal(left[key], right[key], key)
     assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
-    assert samples(one) == samples(other)
 
 
-def samples(run: Path) -> dict[tuple[int, int], Any]:
-    """(step, micro-batch) to samples and views; a step done twice must have held the same ones."""
-    seen: dict[tuple[int, int], Any] = {}
+def samples(run: Path) -> dict[tuple[int, int, int], Any]:
+    """(step, micro-batch, rank) to samples and views; a step done twice must have held the same ones."""
+    seen: dict[tuple[int, int, int], Any] = {}
     for line in (run.parent / f"{run.name}-samples.jsonl").read_text().splitlines():
-        step, micro, *content = json.loads(line)
-        assert seen.setdefault((step, micro), content) == content
+        step, micro, rank, *content = json.loads(line)
+        assert seen.setdefault((step, micro, rank), content) == content
     return seen
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from running import SMALL_TOKENIZER, environment, start, train
+from running import SMALL_TOKENIZER, environment, hearing_ctrl_c, start, train
+
+from beit_pretrain.cluster import events
 
 # The quickstart in small: one epoch each.
 SMALL_CHAIN = [
@@ -120,6 +122,15 @@ def test_a_sweep_runs_every_job_in_its_own_folder_and_outlives_a_bad_one(tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
 
 
+def test_each_job_of_a_sweep_may_have_several_processes(tmp_path: Path) -> None:
+    sweep = ["-m", *SMALL_TOKENIZER, "stage.epochs=1", "name=sweep", "trainer.devices=2", "seed=1,2"]
+    train(sweep, tmp_path)
+    for seed in (1, 2):
+        run = tmp_path / "runs" / "sweep" / f"seed={seed}"
+        assert [row["ranks"] for row in events.read(run)] == ["2", "2"]
+        assert (run / "results.json").exists()
+
+
 def test_debug_takes_two_steps_in_a_folder_of_its_own(tmp_path: Path) -> None:
     train([*SMALL_TOKENIZER, "name=tok", "debug=true"], tmp_path)
     results = json.loads((tmp_path / "runs" / "tok-debug" / "results.json").read_text())
@@ -167,10 +178,8 @@ def test_a_second_writer_is_refused_and_ctrl_c_can_be_taken_up_again(tmp_path: P
         "name=tok",
         "stage.epochs=4000",
     ]  # longer than the second one takes to start
-    # Where the tests run in a shell's background, Ctrl-C is ignored, and a child would inherit that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    first = start(arguments, tmp_path)
-    signal.signal(signal.SIGINT, before)
+    with hearing_ctrl_c():
+        first = start(arguments, tmp_path)
     checkpoints = tmp_path / "runs" / "tok" / "checkpoints"
     try:
         while not checkpoints.exists() and first.poll() is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from finetuning import SMALL_FINETUNE
-from running import SMALL_PRETRAIN, SMALL_TOKENIZER, assert_same_run, train, train_with_kills
+from running import SMALL_PRETRAIN, SMALL_TOKENIZER, assert_same_run, record, train, train_with_kills
 from segmentation import SMALL_SEGMENT, draw_scenes
 
 # With all that draws or remembers.
@@ -36,18 +36,11 @@ SEGMENT = [
 ]
 
 
-def _record(run: Path) -> list[str]:
-    return [
-        "+callbacks.record._target_=running.RecordSamples",
-        f"+callbacks.record.path={run.parent}/{run.name}-samples.jsonl",
-    ]
-
-
 def _compare(base: list[str], folder: Path, *, kills: int, seed: int) -> None:
     whole, killed = folder / "runs" / "whole", folder / "runs" / "killed"
     often = [*base, "checkpoint.every_steps=3", "stage.log_every=5"]
-    train([*often, *_record(whole), "name=whole"], folder)
-    train_with_kills([*often, *_record(killed), "name=killed"], folder, killed, kills=kills, seed=seed)
+    train([*often, *record(whole), "name=whole"], folder)
+    train_with_kills([*often, *record(killed), "name=killed"], folder, killed, kills=kills, seed=seed)
     assert_same_run(whole, killed)
 
 

@@ -55,7 +55,7 @@ def fake_run(
     (folder / "pictures").mkdir(parents=True)
     rng = np.random.default_rng(0)
     (folder / "config.yaml").write_text(
-        f"name: {json.dumps(name)}\nstage: {stage}\nbatch_size: 64\nimage_size: 32\nseed: 0\n"
+        f"name: {json.dumps(name)}\nstage:\n  name: {stage}\nbatch_size: 64\nimage_size: 32\nseed: 0\n"
         "model:\n  depth: 4\n  width: 96\n  heads: 3\ntokenizer:\n  checkpoint: runs/quickstart/tokenizer\n"
     )
     curves = {"pretrain": _pretrain, "tokenizer": _tokenizer, "classify": _classify, "probe": _probe}

@@ -181,7 +181,7 @@ def test_top_five_of_five_classes_is_not_shown(make_run, words) -> None:
 def test_a_run_that_was_stopped_shows_what_it_logged(make_run, words) -> None:
     run = make_run(stage="classify")
     (run / "results.json").unlink()
-    (run / "config.yaml").write_text("stage: classify\n")
+    (run / "config.yaml").write_text("stage:\n  name: classify\n")
     said = words(make_report(run))
     assert "held-out top-1 89.5%" in said and "Classes" not in said and "Start" not in said
     assert "unfinished" in said

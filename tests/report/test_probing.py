@@ -68,5 +68,5 @@ def test_the_best_so_far_is_drawn_over_that_of_each_block(make_run, words) -> No
     assert [line.label for line in chart.lines if line.quiet] == [f"block {b}" for b in range(4)]
     assert "Linear probe while training" in [drawn.title for drawn in run_charts(read_run(folder))]
     (folder / "results.json").unlink()
-    (folder / "config.yaml").write_text("stage: probe\n")
+    (folder / "config.yaml").write_text("stage:\n  name: probe\n")
     assert "linear probe 89.6% best so far, on validation" in words(make_report(folder))

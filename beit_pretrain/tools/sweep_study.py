@@ -1,0 +1,177 @@
+"""What the workers of a search share: Optuna's study in a journal, and a claim on each trial that runs.
+
+A trial belongs to the worker that holds its claim (the same kind of lock as a run folder's), so one whose worker is
+gone can be taken up by another, which goes on at its checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
+
+from beit_pretrain.errors import BeitError, ConfigError
+from beit_pretrain.folder import RunFolder
+from beit_pretrain.wording import show
+
+GRACE = 30  # seconds after which the journal's lock of a worker that was killed is taken over
+
+
+class Claimed(NamedTuple):
+    """A trial in one worker's hands, and the epochs whose evaluation Optuna knows already."""
+
+    trial: optuna.Trial
+    claim: RunFolder
+    reported: set[int]
+
+
+class Search:
+    """A search that lies in a folder; any number of workers open it."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.folder = folder
+        self.settings = settings
+        journal = folder / "study.journal"
+        pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+        if (how := settings["pruner"]) is not None:
+            pruner = optuna.pruners.PercentilePruner(
+                100 * how["keep"],
+                n_startup_trials=how["startup"],
+                n_warmup_steps=round(how["warmup"] * settings["epochs"]),
+            )
+        self.study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(journal), lock_obj=_Lock(journal))),
+            study_name=settings["name"],
+            direction="maximize" if settings["direction"] == "max" else "minimize",
+            pruner=pruner,
+            load_if_exists=True,
+        )
+
+    def trials(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
+
+    def finished(self) -> bool:
+        return sum(trial.state.is_finished() for trial in self.trials()) >= self.settings["trials"]
+
+    def anything_left(self) -> bool:
+        """Whether there is a trial that no worker has: one that was left, or a new one."""
+        trials = self.trials()
+        return len(trials) < self.settings["trials"] or any(
+            trial.state == TrialState.RUNNING and is_free(self._claim(trial.number).path) for trial in trials
+        )
+
+    def next(self) -> Claimed | None:
+        """A trial that its worker left, or a new one; one worker at a time draws."""
+        with _if_free(self.folder / ".claims" / "draw") as drawing:
+            if drawing is None:
+                return None
+            trials = self.trials()
+            for trial in trials:
+                if trial.state == TrialState.RUNNING and (left := self._take(trial.number)) is not None:
+                    return left
+            return self._take(self.study.ask().number) if len(trials) < self.settings["trials"] else None
+
+    def _claim(self, number: int) -> RunFolder:
+        return RunFolder(self.folder / ".claims" / trial_name(number))
+
+    def _take(self, number: int) -> Claimed | None:
+        """Claim a trial, unless another worker has it or has just finished it."""
+        claim = self._claim(number)
+        if not _enter(claim):
+            return None
+        now = self.trials()[number]
+        if now.state != TrialState.RUNNING:
+            claim.__exit__()
+            return None
+        # With the trial's number in the seed, workers draw differently, and one that was ended draws the same again.
+        self.study.sampler = self._sampler(number)
+        trial = optuna.Trial(self.study, now._trial_id)
+        for key, how in self.settings["parameters"].items():
+            _suggest(trial, key, how)  # what was drawn before stays
+        return Claimed(trial, claim, set(now.intermediate_values))
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        how = self.settings["sampler"]
+        if how["name"] == "random":
+            return optuna.samplers.RandomSampler(seed=how["seed"] + number)
+        return optuna.samplers.TPESampler(n_startup_trials=how["startup"], seed=how["seed"] + number)
+
+
+def trial_name(number: int) -> str:
+    return f"trial-{number:04d}"
+
+
+def option(key: str, value: Any) -> str:
+    """A drawn value as an override; six digits of a float say enough, and the run gets no more."""
+    return f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"
+
+
+def is_free(path: Path) -> bool:
+    """Whether nobody holds a folder that is locked as run folders are; it need not exist."""
+    if not (path / ".lock").exists():
+        return True
+    with _if_free(path) as held:
+        return held is not None
+
+
+@contextmanager
+def _if_free(path: Path) -> Iterator[RunFolder | None]:
+    """The folder, held for the block; None if somebody else holds it."""
+    folder = RunFolder(path)
+    if not _enter(folder):
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        folder.__exit__()
+
+
+def _enter(folder: RunFolder) -> bool:
+    try:
+        folder.__enter__()
+    except ConfigError:  # it cannot be written
+        raise
+    except BeitError:
+        return False
+    return True
+
+
+def _suggest(trial: optuna.Trial, key: str, how: dict[str, Any]) -> None:
+    if "choices" in how:
+        trial.suggest_categorical(key, [show(choice) for choice in how["choices"]])
+        return
+    low, high, step, log = how["low"], how["high"], how.get("step"), how.get("log", False)
+    if isinstance(low, int) and isinstance(high, int) and isinstance(step or 1, int):
+        trial.suggest_int(key, low, high, step=step or 1, log=log)
+    else:
+        trial.suggest_float(key, low, high, step=step, log=log)
+
+
+class _Lock(JournalFileOpenLock):
+    """The journal's lock, by creating a file, which also holds on NFS.
+
+    On taking it, cuts off the unfinished line of a writer that was killed: Optuna could not read beyond it.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        super().__init__(str(journal), grace_period=GRACE)
+        self._journal = journal
+
+    def acquire(self) -> bool:
+        super().acquire()
+        if self._journal.stat().st_size:
+            with self._journal.open("rb+") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+        return True

@@ -1,0 +1,46 @@
+"""The diary of a run's starts and ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from beit_pretrain.cluster import events
+
+
+def test_lines_are_appended_and_a_part_of_one_is_left_out(tmp_path: Path) -> None:
+    assert events.read(tmp_path) == []
+    events.record(tmp_path, "start", step=0, ranks=4)
+    events.record(tmp_path, "signal", step=12, ranks=4, detail="USR1, early")
+    with (tmp_path / "events.csv").open("a") as file:
+        file.write("2026-01-31T12:0")
+    rows = events.read(tmp_path)
+    assert [(r["step"], r["event"], r["ranks"], r["detail"]) for r in rows] == [
+        ("0", "start", "4", ""),
+        ("12", "signal", "4", "USR1, early"),
+    ]
+
+
+def test_starts_in_vain_are_those_of_this_job_at_this_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+
+    def start(step: int) -> None:
+        events.record(tmp_path, "start", step=step, ranks=1)
+
+    start(0)
+    start(0)
+    assert events.starts_in_vain(tmp_path, 0) == 2
+    assert events.starts_in_vain(tmp_path, 5) == 0
+    start(5)
+    events.record(tmp_path, "requeue", step=5, ranks=1)
+    start(5)
+    assert events.starts_in_vain(tmp_path, 5) == 2
+    assert events.starts_in_vain(tmp_path, 0) == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert events.starts_in_vain(tmp_path, 5) == 0, "a new job begins anew"
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert events.starts_in_vain(tmp_path, 5) == 0
