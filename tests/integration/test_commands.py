@@ -122,6 +122,7 @@ def test_a_sweep_runs_every_job_in_its_own_folder_and_outlives_a_bad_one(tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
 
 
+@pytest.mark.slow
 def test_each_job_of_a_sweep_may_have_several_processes(tmp_path: Path) -> None:
     sweep = ["-m", *SMALL_TOKENIZER, "stage.epochs=1", "name=sweep", "trainer.devices=2", "seed=1,2"]
     train(sweep, tmp_path)

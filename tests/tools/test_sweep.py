@@ -247,7 +247,7 @@ def test_two_workers_at_once_do_no_trial_twice(work: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_worker_told_to_stop_hands_it_on_and_the_next_goes_on(work: Path, number: int, code: int) -> None:
-    one = Worker(work, "sweep.trials=1", STUB_SECONDS="0.3")
+    one = Worker(work, "sweep.trials=1", STUB_SECONDS="1")
     while not list(work.glob("runs/s/trial-0000/checkpoint")):
         time.sleep(0.01)
     one.send(number)
