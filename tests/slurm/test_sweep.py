@@ -50,7 +50,7 @@ def test_workers_in_an_array_lose_no_trial(
     capsys.readouterr()
     app([*search, "--show"], standalone_mode=False)
     printed = capsys.readouterr().out
-    assert printed.count("complete") == 3 and "beit-train " in printed, printed
+    assert printed.count("finished") == 3 and "beit-train " in printed, printed
 
     command = shlex.split(json.loads((trial / "results.json").read_text())["command"])[1:]
     alone = [o for o in command if not o.startswith(("name=", "trainer=", "trainer.requeue="))]
