@@ -135,7 +135,7 @@ def _choices(cfg: DictConfig) -> Faults:
             "its share with trainer.strategy=fsdp: set trainer.precision=bf16-mixed or 32, or trainer.strategy=ddp"
         )
     listened = cfg.trainer.signals
-    if not OmegaConf.is_list(listened) or not set(listened) <= set(SIGNALS):
+    if not OmegaConf.is_list(listened) or any(name not in SIGNALS for name in listened):
         yield f"trainer.signals={show(listened)}: set a list of {either(SIGNALS)}; [] for none"
     if cfg.trainer.allocation not in (None, "slurm"):
         yield f"trainer.allocation={show(cfg.trainer.allocation)}: set slurm, or null"
@@ -279,7 +279,11 @@ def _pooling(cfg: DictConfig) -> Faults:
 def _share(cfg: DictConfig) -> int | None:
     """Images that a device takes at a time; None where another check finds the fault."""
     share = cfg.micro_batch_size
-    if share is None and is_whole(cfg.batch_size, 1) and (count := devices(cfg)):
+    if (
+        share is None
+        and all(is_whole(n, 1) for n in (cfg.batch_size, nodes(cfg)))
+        and (count := devices(cfg))
+    ):
         share = cfg.batch_size // (count * nodes(cfg))
     return share if is_whole(share, 1) else None
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from beit_pretrain.cluster.ending import among_others, die_with_parent, end, end_late, fail
 from beit_pretrain.cluster.launch import launched
@@ -105,7 +105,7 @@ def _run(cfg: DictConfig, overrides: Sequence[str], signals: Signals, *, show: b
 def _listen(cfg: DictConfig, signals: Signals) -> None:
     """What the configuration says of signals, as far as it makes sense: its faults come out together, later."""
     t = cfg.trainer
-    if set(t.signals) <= set(NAMES):
+    if OmegaConf.is_list(t.signals) and all(name in NAMES for name in t.signals):
         signals.listen_to(list(t.signals))
     if isinstance(t.signal_grace, int | float):
         signals.grace = float(t.signal_grace)
