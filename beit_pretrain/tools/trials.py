@@ -95,8 +95,10 @@ class Trials:
     @contextmanager
     def _listening(self) -> Iterator[None]:
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-        # What is ignored stays so: `nohup` means that a closed terminal is no reason to stop.
-        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        # Under `nohup`, and in a shell's background, a closed terminal or Ctrl-C is no reason to stop. The other
+        # signals ask this very process to, also where whatever started it ignores them.
+        terminal = (signal.SIGINT, signal.SIGHUP)
+        heard = [n for n in numbers if n not in terminal or signal.getsignal(n) != signal.SIG_IGN]
         before = {number: signal.signal(number, self._note) for number in heard}
         try:
             yield

@@ -72,6 +72,8 @@ class Worker:
                 sys.stdout = sys.stderr = self.output.open("w", buffering=1)
                 os.environ.update(environment)
                 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as some job runners do
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
                 sys.argv = ["beit-tools", "sweep", *BASE, f"runs={work}/runs", SPACE, *more]
                 tools_main()
             except SystemExit as end:
@@ -250,6 +252,9 @@ def test_a_worker_told_to_stop_hands_it_on_and_the_next_goes_on(work: Path, numb
     one = Worker(work, "sweep.trials=1", STUB_SECONDS="1")
     while not list(work.glob("runs/s/trial-0000/checkpoint")):
         time.sleep(0.01)
+    one.send(signal.SIGHUP)  # no reason to stop under nohup
+    time.sleep(0.2)
+    assert not one.ended()
     one.send(number)
     printed = one.wait()
     assert one.code == code and "the same command goes on" in printed
