@@ -30,6 +30,10 @@ format: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python benchmarks/shuffle.py
+	$(BIN)/python benchmarks/views.py
+	$(BIN)/python benchmarks/token_cache.py
+	$(BIN)/python benchmarks/shard_index.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist

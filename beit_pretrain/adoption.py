@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from beit_pretrain.errors import ConfigError
 from beit_pretrain.wording import pair
 
-# Decided by whoever starts the program, or by where a checkpoint lies; never taken over from a checkpoint.
-NOT_ADOPTED = {"checkpoint", "cache", "offline"}
+# Decided by whoever starts the program, or by where files lie; never taken over from a checkpoint.
+NOT_ADOPTED = {"checkpoint", "cache", "views", "weights", "offline"}
 # What of an encoder is in its weights; the rest (drop path, kernel, kind of tables) is up to the stage.
 SHAPE = ("name", "patch_size", "width", "depth", "heads", "mlp_ratio", "layer_scale", "abs_pos", "init_std")
 # And what of a head that is only scored.

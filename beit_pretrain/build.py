@@ -22,8 +22,9 @@ from beit_pretrain.cluster.interruption import Interruption
 from beit_pretrain.cluster.launch import launched
 from beit_pretrain.cluster.parallel import strategy
 from beit_pretrain.cluster.signals import Signals
-from beit_pretrain.data.transforms import RESIZE_IMPLEMENTATION
-from beit_pretrain.devices import nodes, processes
+from beit_pretrain.data.tokens import TokenCache
+from beit_pretrain.data.transforms import LANCZOS, RESIZE_IMPLEMENTATION
+from beit_pretrain.devices import accelerator, defers_jitter, nodes, processes
 from beit_pretrain.errors import ConfigError
 from beit_pretrain.origins import load_strictly, load_weights
 from beit_pretrain.stages.base import Stage
@@ -31,6 +32,8 @@ from beit_pretrain.wording import pair
 
 LABELLED = ("classify", "probe")  # stages that learn from a label for each image
 SUPERVISED = (*LABELLED, "segment")  # and from one for each pixel
+# Of a tokenizer's options, those that say where things are: no id depends on them.
+PLACES = ("name", "checkpoint", "cache", "views", "weights", "files", "offline")
 
 
 def build_run(
@@ -44,6 +47,8 @@ def build_run(
     classes = data.class_names if cfg.stage.name in SUPERVISED else None
     stage = build_stage(cfg, classes)
     data.views, data.eval_views = stage.views, stage.eval_views
+    if cfg.stage.name == "pretrain":
+        add_token_cache(cfg, stage, data)
     parents, report = {}, None
     if cfg.init_from:
         parents["init_from"], report = load_weights(stage, cfg, classes)
@@ -69,7 +74,10 @@ def build_stage(cfg: DictConfig, classes: Sequence[str] | None = None) -> Stage:
         parts["encoder"] = make(cfg.model)
     if classes is not None:
         parts["classes"] = list(classes)
-    return make(cfg.stage, drop=("name", "encoder", "knn"), **parts)
+    node = cfg.stage.copy()
+    if cfg.stage.name == "pretrain":
+        node.views.defer_jitter = defers_jitter(cfg)
+    return make(node, drop=("name", "encoder", "knn"), **parts)
 
 
 def build_data(cfg: DictConfig) -> Any:
@@ -96,6 +104,11 @@ def _preprocessing(cfg: DictConfig, data: Any) -> dict[str, Any]:
         **{name: list(values) for name, values in cfg.data.normalize.items()},
         "image_size": pair(cfg.image_size),
         "resize": RESIZE_IMPLEMENTATION,
+        **(
+            {"lanczos": LANCZOS}
+            if OmegaConf.select(cfg, "stage.views.token_interpolation") == "lanczos"
+            else {}
+        ),
         "data": data.source.fingerprint(),
         "class_names": data.source.class_names,
         **({"reduce_zero_label": data.source.reduce_zero_label} if data.scenes else {}),
@@ -104,12 +117,51 @@ def _preprocessing(cfg: DictConfig, data: Any) -> dict[str, Any]:
 
 def build_tokenizer(cfg: DictConfig) -> nn.Module:
     """The tokenizer; with `tokenizer.checkpoint`, the trained one (its shape was taken over on composing)."""
-    tokenizer = make(cfg.tokenizer, drop=("name", "checkpoint"))
+    tokenizer = make(cfg.tokenizer, drop=("name", "checkpoint", "cache", "views"))
     if cfg.stage.name != "tokenizer" and cfg.tokenizer.get("checkpoint"):
         key = "tokenizer.checkpoint"
         saved = record.read(Path(cfg.tokenizer.checkpoint), key=key)
         load_strictly(tokenizer, record.part(saved, "tokenizer", key=key), key)
     return tokenizer
+
+
+def add_token_cache(cfg: DictConfig, stage: Any, data: Any) -> None:
+    """With `tokenizer.cache`: let stage and data keep the tokenizer's ids, under a name of all that they depend on.
+
+    ConfigError if they cannot: ids of more than 16 bits, images that have no numbers.
+    """
+    if cfg.tokenizer.get("cache") is None:
+        return
+    if data.source.streamed:
+        raise ConfigError(
+            "tokenizer.cache keeps ids by the image's number, which a stream does not have: set data.source.cache too, "
+            "or tokenizer.cache=null tokenizer.views=null"
+        )
+    options = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(options, dict)
+    cuts = {
+        name: {k: v for k, v in options["stage"][name].items() if k not in ("image_size", "mask")}
+        for name in ("views", "eval_views")
+    }
+    made_of = {
+        "tokenizer": {k: v for k, v in options["tokenizer"].items() if k not in PLACES},
+        "weights": stage.frozen_hash("tokenizer"),
+        "device": accelerator(cfg.trainer.accelerator),
+        "compiled": cfg.stage.compile,
+        "images": data.source.fingerprint(),
+        "resize": RESIZE_IMPLEMENTATION,
+        "seed": cfg.seed,
+        **cuts,
+    }
+    tokenizer = stage.tokenizer
+    stage.token_cache = data.token_cache = TokenCache(
+        root=Path(cfg.tokenizer.cache),
+        made_of=made_of,
+        samples=len(data.source),
+        tokens=tokenizer.grid[0] * tokenizer.grid[1],
+        vocabulary=tokenizer.vocab_size,
+        views=cfg.tokenizer.views,
+    )
 
 
 def _trainer(cfg: DictConfig, signals: Signals | None) -> Trainer:

@@ -6,7 +6,6 @@ what another one found broken stays silent.
 
 from __future__ import annotations
 
-import difflib
 import glob
 import os
 from collections.abc import Iterator, Sequence
@@ -19,18 +18,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from beit_pretrain.compose import explicit_keys
-from beit_pretrain.devices import ACCELERATORS, batch_faults, device_faults, devices, nodes, processes
+from beit_pretrain.devices import batch_faults, device_faults, devices, nodes, processes
 from beit_pretrain.errors import ConfigError
-from beit_pretrain.origins import WEIGHTS, start_faults, untrained
+from beit_pretrain.origins import start_faults, untrained
 from beit_pretrain.tokenizer import TrainableTokenizer
+from beit_pretrain.values import Faults, choices, numbers, sizes
 from beit_pretrain.wording import either, is_whole, nearest, show, sides_of, size, times
 
+# What only the configuration of a node uses, not the class it names.
+UNSEEN = ("name", "checkpoint", "cache", "views")
 STAGES = ("tokenizer", "pretrain", "classify", "probe", "segment", "knn")
-MODES = ("fit", "evaluate")
-SIGNALS = ("USR1", "USR2", "TERM")
-STRATEGIES = ("auto", "ddp", "fsdp")
-PRECISIONS = ("auto", "32", "32-true", "bf16-mixed", "16-mixed")
-Faults = Iterator[str]
 
 
 def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
@@ -41,7 +38,7 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     if faults := list(_missing(cfg)):
         # Without a stage, or with an interpolation that leads nowhere, nothing else can be said.
         raise ConfigError(faults)
-    for one in (_numbers, _choices, _model, _grids, _masks, _recipe, _mixing, _pooling):
+    for one in (numbers, choices, _model, _grids, _masks, _recipe, _mixing, _pooling):
         faults += one(cfg)
     faults += [*start_faults(cfg, explicit_keys(overrides)), *_folders(cfg)]
     faults += [*device_faults(cfg), *batch_faults(cfg)]
@@ -65,7 +62,7 @@ def _missing(cfg: DictConfig) -> Faults:
     except (OmegaConfBaseException, TypeError, ValueError, ArithmeticError) as error:
         # Sizes are what others are computed from.
         what, _, where = " ".join(str(error).split()).partition(" full_key: ")
-        yield from list(_sizes(cfg)) or [f"{where.split(' ')[0]}: {what}"]
+        yield from list(sizes(cfg)) or [f"{where.split(' ')[0]}: {what}"]
 
 
 def _blanks(node: Any, key: str = "") -> Iterator[str]:
@@ -75,82 +72,6 @@ def _blanks(node: Any, key: str = "") -> Iterator[str]:
             yield from _blanks(child, f"{key}.{name}" if key else str(name))
     elif node == "???":
         yield key
-
-
-# --- single values ------------------------------------------------------------------------------------------
-
-
-def _sizes(cfg: DictConfig) -> Faults:
-    example = {"image_size": "224 or [192,160]", "tokenizer.image_size": "112 or [96,80]"}
-    for key, sizes in example.items():
-        value = OmegaConf.select(cfg, key)
-        if sides_of(value) is None:
-            yield f"{key}={show(value)} is no size in pixels: set {key}={sizes}"
-    if not is_whole(cfg.model.patch_size, 1):
-        yield f"model.patch_size={show(cfg.model.patch_size)}: set a whole number from 1"
-
-
-def _numbers(cfg: DictConfig) -> Faults:
-    yield from _sizes(cfg)
-    keys = ["batch_size", "trainer.evaluate_every", "trainer.max_requeues"]
-    trained = ["stage.epochs", "stage.log_every", "stage.max_bad_steps"]
-    keys += ["stage.k"] if cfg.stage.name == "knn" else trained
-    for key in keys:
-        if not is_whole(value := OmegaConf.select(cfg, key), 1):
-            yield f"{key}={show(value)}: set a whole number from 1"
-    if cfg.micro_batch_size is not None and not is_whole(cfg.micro_batch_size, 1):
-        yield f"micro_batch_size={show(cfg.micro_batch_size)}: set a whole number from 1, or null"
-    if cfg.trainer.num_nodes != "auto" and not is_whole(cfg.trainer.num_nodes, 1):
-        yield f"trainer.num_nodes={show(cfg.trainer.num_nodes)}: set a whole number from 1, or auto"
-    grace = cfg.trainer.signal_grace
-    if isinstance(grace, bool) or not isinstance(grace, int | float) or grace <= 0:
-        yield f"trainer.signal_grace={show(grace)}: set seconds above 0"
-    for key in ("data.workers", "seed"):
-        if not is_whole(value := OmegaConf.select(cfg, key), 0):
-            yield f"{key}={show(value)}: set a whole number from 0"
-    looked_at = OmegaConf.select(cfg, "data.check_label_maps")
-    if looked_at is not None and not is_whole(looked_at, 1):
-        yield f"data.check_label_maps={show(looked_at)}: set a whole number from 1, or null for all"
-    for key in ("val_share", "max_bad"):
-        if not isinstance(value := cfg.data[key], int | float) or not 0 <= value < 1:
-            yield f"data.{key}={show(value)} is no share: set a number from 0 to below 1"
-    for name, least in (("mean", "from 0"), ("std", "above 0")):
-        value = cfg.data.normalize[name]
-        triple = list(value) if OmegaConf.is_list(value) else []
-        if len(triple) != 3 or not all(isinstance(v, int | float) and 0 <= v < 2 for v in triple):
-            yield f"data.normalize.{name}={show(value)}: set three numbers {least}, one per RGB channel"
-        elif name == "std" and not all(triple):
-            yield f"data.normalize.std={show(value)}: set three numbers above 0, one per RGB channel"
-
-
-def _choices(cfg: DictConfig) -> Faults:
-    yield from _choice("mode", cfg.mode, MODES)
-    yield from _choice("init_weights", cfg.init_weights, WEIGHTS)
-    yield from _choice("trainer.precision", cfg.trainer.precision, PRECISIONS)
-    yield from _choice("trainer.accelerator", cfg.trainer.accelerator, ACCELERATORS)
-    yield from _choice("trainer.strategy", cfg.trainer.strategy, STRATEGIES)
-    if cfg.trainer.strategy == "fsdp" and cfg.trainer.precision == "16-mixed":
-        yield (
-            "trainer.precision=16-mixed scales the loss by what it sees of the gradients, of which a device has only "
-            "its share with trainer.strategy=fsdp: set trainer.precision=bf16-mixed or 32, or trainer.strategy=ddp"
-        )
-    listened = cfg.trainer.signals
-    if not OmegaConf.is_list(listened) or any(name not in SIGNALS for name in listened):
-        yield f"trainer.signals={show(listened)}: set a list of {either(SIGNALS)}; [] for none"
-    if cfg.trainer.allocation not in (None, "slurm"):
-        yield f"trainer.allocation={show(cfg.trainer.allocation)}: set slurm, or null"
-    flags = ["overwrite", "debug", "dry_run", "trainer.compile", "trainer.requeue"]
-    flags += ["model.abs_pos", "model.checkpointing"] if cfg.stage.name != "tokenizer" else []
-    for key in flags:
-        if not isinstance(value := OmegaConf.select(cfg, key), bool):
-            yield f"{key}={show(value)}: set true or false"
-
-
-def _choice(key: str, value: Any, known: Sequence[str]) -> Faults:
-    if str(value) not in known:
-        near = difflib.get_close_matches(str(value), known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        yield f"{key}={show(value)}: there is no such choice{hint} (known: {', '.join(known)})"
 
 
 # --- the encoder, its grid, the tokenizer's, the masks ------------------------------------------------------
@@ -294,7 +215,7 @@ def _built(group: str, node: DictConfig) -> tuple[Any, list[str]]:
     assert isinstance(options, dict)
     try:
         with torch.device("meta"):
-            return instantiate({k: v for k, v in options.items() if k not in ("name", "checkpoint")}), []
+            return instantiate({k: v for k, v in options.items() if k not in UNSEEN}), []
     except ConfigError as error:
         return None, error.faults
     except InstantiationException as error:

@@ -237,6 +237,7 @@ def _quiet() -> None:
         ".*LeafSpec.*",
         ".*It is recommended to use .self.log.*sync_dist=True.*",
         ".*srun. command is available on your system but is not used.*",
+        ".*Total length of .list. across ranks is zero.*",  # nothing is held out
         ".*This DataLoader will create .* worker processes in total.*",
     ):
         warnings.filterwarnings("ignore", message=advice)

@@ -25,6 +25,12 @@ def accelerator(asked: str) -> str:
     return asked
 
 
+def defers_jitter(cfg: DictConfig) -> bool:
+    """Whether colour jitter is left to the device: as asked, or with auto where that is no CPU."""
+    asked = cfg.stage.views.get("defer_jitter", False)  # a refused step of an earlier version has no such key
+    return accelerator(cfg.trainer.accelerator) != "cpu" if asked == "auto" else asked
+
+
 def devices(cfg: DictConfig) -> int | None:
     """Devices of one node that the configuration asks for; None if it does not make sense."""
     asked: Any = OmegaConf.select(cfg, "trainer.devices")

@@ -49,6 +49,7 @@ HARMLESS = (
     "stage.cache_gb",
     "model.checkpointing",
     "tokenizer.cache",
+    "tokenizer.weights",
     "tokenizer.offline",
 )
 # Where weights come from: harmless if only the place is another.

@@ -152,6 +152,8 @@ def _train(
         _tell_look(stage.look)
     if cfg.stage.name == "pretrain" and rank_zero_only.rank == 0:
         draw_sheet(stage.views.mask, path=folder.path / "pictures" / "masks.png", seed=cfg.seed)
+    if data.token_cache is not None and rank_zero_only.rank == 0:
+        print(data.token_cache.story(data.splits), flush=True)
     if cfg.mode == "fit":
         with signals.held() if signals else nullcontext():
             try:

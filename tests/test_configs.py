@@ -28,7 +28,7 @@ SPEAKS_FOR_ITSELF = ("_target_", "_convert_", "defaults", "name")
 # Keys that only the configuration uses, and arguments that are added where it is turned into objects (run.py).
 STRIPPED = {
     "data": {"name", "root", "dataset", "normalize", "check_label_maps"},
-    "tokenizer": {"name", "checkpoint"},
+    "tokenizer": {"name", "checkpoint", "cache", "views"},
     "model": {"name"},
     "stage": {"name", "encoder", "knn"},
 }

@@ -47,7 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compose": {"adoption", "wording", "errors"},
     "folder": {"compose", "checkpoint", "errors"},
     "origins": {"checkpoint", "stages.base", "wording", "errors"},
-    "checks": {"compose", "origins", "data.folder", "tokenizer", "devices", "wording", "errors"},
+    "values": {"origins", "devices", "wording"},
+    "checks": {"values", "compose", "origins", "data.folder", "tokenizer", "devices", "wording", "errors"},
     "build": {"cluster", "devices", "origins", "data", "stages.base", "checkpoint", "wording", "errors"},
     "preview": {"build", "stages.base", "optim", "tokenizer", "devices", "wording", "errors"},
     "run": {
@@ -69,6 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "chain",
         "run",
         "build",
+        "checks",
         "origins",
         "dense",
         "label_maps",

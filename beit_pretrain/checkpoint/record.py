@@ -57,6 +57,17 @@ def make_record(
     }
 
 
+def same_resampling(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """CheckpointError if a run would go on with pictures made by another Lanczos than the one in its record."""
+    made, makes = (record.get("preprocessing", {}) for record in (saved, now))
+    if "lanczos" in made and "lanczos" in makes and made["lanczos"] != makes["lanczos"]:
+        raise CheckpointError(
+            f"the tokenizer's pictures were made by Lanczos of {made['lanczos']} ({made['resize']}), and here it is "
+            f"that of {makes['lanczos']} ({makes['resize']}): install the torchvision that the run began with "
+            f"({saved['lineage']['versions']['torchvision']}), or start anew with another name="
+        )
+
+
 def read(path: Path, *, key: str) -> dict[str, Any]:
     """A checkpoint of ours: a run folder or a file.
 

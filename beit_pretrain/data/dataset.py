@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from beit_pretrain.data.decode import decode
 from beit_pretrain.data.sampler import Failure, Key, mix
@@ -41,6 +41,7 @@ class BadImages:
         self.max_bad = max_bad
         self.log = log
         self.known: dict[int, tuple[str, str]] = {}
+        self._read_up_to = 0  # bytes of the log
 
     def note(self, sample: int, name: str, reason: str) -> None:
         """Counts the image. Raises DataError once the share of bad ones is above `max_bad`."""
@@ -49,21 +50,25 @@ class BadImages:
         reason = " ".join(reason.split())
         _logger.warning("cannot read %s: %s", name, reason)
         if self.log is not None:
-            self._read(self.log)
+            self._read_on(self.log)
             if sample not in self.known:
                 _append(self.log, (str(sample), name, reason))
         self.known[sample] = (name, reason)
         if len(self.known) > self.max_bad * len(self.indices):
             raise DataError(self._story())
 
-    def _read(self, log: Path) -> None:
+    def _read_on(self, log: Path) -> None:
+        """What was added to the log since the last look: a broken shard makes it long."""
         if not log.exists():
             return
-        with log.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            for row in csv.reader(file):
-                # A line still being written, a second header and images of another split are passed over.
-                if len(row) == len(_HEADER) and row[0].isdecimal() and self._has(int(row[0])):
-                    self.known[int(row[0])] = (row[1], row[2])
+        with log.open("rb") as file:
+            file.seek(self._read_up_to)
+            added = file.read()
+            self._read_up_to = file.tell()
+        for row in csv.reader(io.StringIO(added.decode("utf-8", "surrogateescape"), newline="")):
+            # A second header and images of another split are passed over.
+            if len(row) == len(_HEADER) and row[0].isdecimal() and self._has(int(row[0])):
+                self.known[int(row[0])] = (row[1], row[2])
 
     def _has(self, sample: int) -> bool:
         place = int(np.searchsorted(self.indices, sample))
@@ -117,6 +122,8 @@ class ViewDataset(Dataset[Item | Failure]):
         self.seed = seed
         self.held_out = held_out
         self.bad = BadImages(indices=indices, max_bad=max_bad, log=bad_log)
+        # What each worker is reading (-1: nothing), in memory that it shares with the main process.
+        self.reading: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -126,10 +133,14 @@ class ViewDataset(Dataset[Item | Failure]):
             parts, sample = self._read(key.sample)
         except DataError as error:
             return Failure(str(error))
-        view = mix(self.seed, _HELD_OUT if self.held_out else key.epoch, sample)
+        view = self.key(key.epoch, sample)
         crops = self.view(*parts, view)  # pyright: ignore[reportCallIssue] _load gives what the view takes
         labels = self.source.labels
         return Item(crops, sample, key.epoch, -1 if labels is None else int(labels[sample]))
+
+    def key(self, epoch: int, sample: int) -> int:
+        """The key of a sample's view in an epoch."""
+        return mix(self.seed, _HELD_OUT if self.held_out else epoch, sample)
 
     def collate(self, items: Sequence[Item | Failure]) -> Any:
         """The view's batch, or the first failure among the items."""
@@ -137,21 +148,36 @@ class ViewDataset(Dataset[Item | Failure]):
         failed = [item for item in items if isinstance(item, Failure)]
         return failed[0] if failed else self.view.collate(whole)
 
+    def stuck(self) -> str:
+        """What the workers are reading at this moment, in words; empty if nothing."""
+        numbers = [] if self.reading is None else self.reading.tolist()
+        at_work = [(worker, sample) for worker, sample in enumerate(numbers) if sample >= 0]
+        return ", ".join(
+            f"worker {worker} is reading {self.source.where(sample)}" for worker, sample in at_work
+        )
+
     def _load(self, sample: int) -> tuple[Tensor, ...]:
         """What is read of a sample. OSError or DataError if it cannot be."""
         data = self.source.read(sample)
         return (decode(data) if isinstance(data, bytes) else data,)
 
+    def _is_reading(self, sample: int) -> None:
+        if self.reading is not None and (worker := get_worker_info()) is not None:
+            self.reading[worker.id] = sample
+
     def _read(self, sample: int) -> tuple[tuple[Tensor, ...], int]:
         place = int(np.searchsorted(self.indices, sample))
         for step in range(len(self.indices)):
             candidate = int(self.indices[(place + step) % len(self.indices)])
+            self._is_reading(candidate)
             try:
                 return self._load(candidate), candidate
             except LabelError:
                 raise
             except (DataError, OSError) as error:
                 reason = str(error)
+            finally:
+                self._is_reading(-1)
             self.bad.note(candidate, self.source.name(candidate), reason)
         raise DataError(
             f"none of the {len(self.indices)} images can be read; see {self.bad.log or 'the warnings'}"

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import signal
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch import Generator
 from torch.utils.data import Sampler
 
+from beit_pretrain.data.batches import BatchPlan, plan_batch
 from beit_pretrain.data.dataset import SceneDataset, ViewDataset
-from beit_pretrain.data.sampler import EvalBatches, Key, ResumableLoader, TrainBatches, choose, mix
+from beit_pretrain.data.sampler import EvalBatches, Key, ResumableLoader, TrainBatches, Window, choose
 from beit_pretrain.data.scenes import PairView
 from beit_pretrain.data.sources import SceneSource, Source
+from beit_pretrain.data.splits import check_stream, limited, make_splits, with_labels
+from beit_pretrain.data.stream import StreamDataset, StreamLoader
+from beit_pretrain.data.tokens import TokenCache, TokenDataset
 from beit_pretrain.data.transforms import EvalView, View
 from beit_pretrain.errors import ConfigError, DataError
 
-_HELD_OUT_SALT = 0x76616C  # which samples are held out does not depend on the run's seed
 _SUBSET_SALT = 0x6B6E6E
-_LIMIT_SALT = 0x6C696D6974
-
-
-class BatchPlan(NamedTuple):
-    """How the global batch is split: batch_size = world * micro * accumulate."""
-
-    world: int
-    micro: int
-    accumulate: int
 
 
 class DataModule(LightningDataModule):
@@ -50,6 +42,8 @@ class DataModule(LightningDataModule):
     - `repeats`: views of each image in a row (repeated augmentation, Hoffer et al. 2020). An epoch keeps its
       steps and meets so many times fewer images.
     - `epoch_steps`: updates an epoch; the rest of its order is left out. ConfigError if it has fewer.
+    - `shuffle_shards`: shards whose images are mixed at a time, where the source has shards; None: all.
+    - `timeout`: seconds without a batch after which the run ends and says what the workers are reading; 0: never.
     """
 
     # A rank may have no held-out sample at all when there are fewer of them than ranks.
@@ -75,9 +69,14 @@ class DataModule(LightningDataModule):
         train_limit: int | None = None,
         repeats: int = 1,
         epoch_steps: int | None = None,
+        shuffle_shards: int | None = None,
+        timeout: float = 600.0,
     ) -> None:
         super().__init__()
         _check(batch_size, micro_batch_size, workers, val_share, max_bad, train_limit, repeats, epoch_steps)
+        _check_shards(source, shuffle_shards, timeout)
+        if source.streamed:
+            check_stream(val_share, labelled, train_limit, repeats)
         if scenes and not isinstance(source, SceneSource):
             raise ConfigError(
                 "stage=segment needs images with label maps: set data=ade20k, data=image_masks or data=shapes"
@@ -86,6 +85,7 @@ class DataModule(LightningDataModule):
         self.scenes = scenes
         self.views = views
         self.eval_views = eval_views
+        self.token_cache: TokenCache | None = None  # set afterwards, before a loader is made
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.workers = workers
@@ -95,13 +95,15 @@ class DataModule(LightningDataModule):
         self.limit_steps = limit_steps
         self.repeats = repeats
         self.epoch_steps = epoch_steps
-        self.splits = _splits(source, val_share)
+        self.shuffle_shards = shuffle_shards
+        self.timeout = timeout
+        self.splits = make_splits(source, val_share)
         if labelled:
-            self.splits = _with_labels(source, self.splits)
+            self.splits = with_labels(source, self.splits)
         if train_on_val and "val" in self.splits:
             self.splits["train"] = np.union1d(self.splits["train"], self.splits.pop("val"))
         if train_limit is not None:
-            self.splits["train"] = _limited(self.splits["train"], train_limit, seed, source.labels)
+            self.splits["train"] = limited(self.splits["train"], train_limit, seed, source.labels)
 
     @property
     def class_names(self) -> list[str]:
@@ -131,24 +133,7 @@ class DataModule(LightningDataModule):
 
     def plan(self, world_size: int) -> BatchPlan:
         """The split of the global batch over `world_size` devices. ConfigError if it does not divide."""
-        batch, micro = self.batch_size, self.micro_batch_size
-        fitting = batch // world_size if micro is None else micro
-        if fitting and batch % (world_size * fitting) == 0:
-            return BatchPlan(world_size, fitting, batch // (world_size * fitting))
-        unit = world_size * (micro or 1)
-        advice = [f"batch_size={_nearest(batch, range(unit, batch + 2 * unit, unit))}"]
-        if micro is not None and batch % world_size == 0:
-            share = batch // world_size
-            divisors = [size for size in range(1, share + 1) if share % size == 0]
-            advice.append(f"micro_batch_size={_nearest(micro, divisors)}")
-        worlds = [world for world in range(1, batch + 1) if batch % (world * (micro or 1)) == 0]
-        if worlds:
-            advice.append(f"devices x nodes = {_nearest(world_size, worlds)}")
-        raise ConfigError(
-            f"batch_size={batch} (global) does not divide into {world_size} devices (trainer.devices x "
-            f"trainer.num_nodes) with micro_batch_size={'null' if micro is None else micro}; "
-            f"set {', or '.join(advice)}"
-        )
+        return plan_batch(self.batch_size, self.micro_batch_size, world_size)
 
     def setup(self, stage: str) -> None:
         """ConfigError if a device would have no held-out image: the others would wait for its part of the score."""
@@ -160,7 +145,9 @@ class DataModule(LightningDataModule):
                     f"set trainer.devices and trainer.num_nodes to {count} devices or less, or give more images"
                 )
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
+        if self.source.streamed:
+            return self._stream()
         rank, world = self._place()
         batches = TrainBatches(
             indices=self.splits["train"],
@@ -170,12 +157,48 @@ class DataModule(LightningDataModule):
             world_size=world,
             seed=self.seed,
             steps_per_epoch=self.steps_per_epoch,
-            position=lambda: self.trainer.global_step if self.trainer else 0,
+            position=self._position,
             repeats=self.repeats,
+            window=self._window(),
         )
         return self._loader(
             self._dataset("train", self.views, scenes=self.scenes), batches, keep_workers=True
         )
+
+    def _stream(self) -> StreamLoader:
+        source: Any = self.source
+        rank, world = self._place()
+        plan = self.plan(world)
+        dataset = StreamDataset(
+            urls=source.urls,
+            samples=len(source),
+            view=self.views,  # pyright: ignore[reportArgumentType] streams have no label maps
+            seed=self.seed,
+            micro_batch_size=plan.micro,
+            rank=rank,
+            world_size=world,
+            steps_per_epoch=self.steps_per_epoch,
+            accumulate=plan.accumulate,
+            epoch=0,
+            start=0,
+            max_bad=self.max_bad,
+            bad_log=self.bad_log,
+            timeout=source.timeout,
+        )
+        return StreamLoader(
+            dataset=dataset,
+            workers=self.workers,
+            position=self._position,
+            make=lambda rest: self._loader(rest, None, keep_workers=False),
+        )
+
+    def _position(self) -> int:
+        return self.trainer.global_step if self.trainer else 0
+
+    def _window(self) -> Window | None:
+        if self.source.bounds is None or self.shuffle_shards is None:
+            return None
+        return Window(np.searchsorted(self.splits["train"], self.source.bounds), self.shuffle_shards)
 
     def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
         """The held-out samples, each once, with fixed views; an empty list if none are held out."""
@@ -214,6 +237,13 @@ class DataModule(LightningDataModule):
         batches = EvalBatches(indices=chosen, batch_size=self.plan(self._place()[1]).micro)
         return self._loader(self._dataset(split, view, held_out=True), batches, keep_workers=False)
 
+    def given(self, split: str, batches: Sampler[list[Key]]) -> ResumableLoader:
+        """Just these batches of a split, with the views of the training or, of other splits, the held-out ones."""
+        view = self.views if split == "train" else self.eval_views
+        return self._loader(
+            self._dataset(split, view, held_out=split != "train"), batches, keep_workers=False
+        )
+
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
@@ -230,16 +260,22 @@ class DataModule(LightningDataModule):
             "max_bad": self.max_bad,
             "bad_log": self.bad_log,
         }
+        if self.token_cache is not None and (view is self.views or view is self.eval_views):
+            return TokenDataset(cache=self.token_cache, **settings)
         return SceneDataset(**settings) if scenes else ViewDataset(**settings)
 
     def _loader(
-        self, dataset: ViewDataset, batches: Sampler[list[Key]], *, keep_workers: bool
+        self, dataset: ViewDataset | StreamDataset, batches: Sampler[list[Key]] | None, *, keep_workers: bool
     ) -> ResumableLoader:
+        """`batches` is None for a dataset that makes its batches itself."""
+        # A stream waits for each byte by itself; as a whole it may take long to read up to where a run goes on.
+        making: dict[str, Any] = {"batch_size": None, "timeout": 0}
+        if isinstance(dataset, ViewDataset):
+            making = {"batch_sampler": batches, "collate_fn": dataset.collate, "timeout": self.timeout}
         return ResumableLoader(
             dataset,
-            batch_sampler=batches,
+            **making,
             num_workers=self.workers,
-            collate_fn=dataset.collate,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             worker_init_fn=_leave_signals,
             persistent_workers=keep_workers and self.workers > 0,
@@ -253,53 +289,6 @@ def _leave_signals(worker: int) -> None:
     """Slurm signals a whole process group: a worker that died of it would take the run along before it has saved."""
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _splits(source: Source, val_share: float) -> dict[str, np.ndarray]:
-    splits = {
-        name: np.asarray(indices, dtype=np.int64) for name, indices in source.splits.items() if len(indices)
-    }
-    train = splits.get("train")
-    if train is None:
-        train = np.setdiff1d(np.arange(len(source)), np.concatenate([[], *splits.values()]).astype(np.int64))
-    if "val" not in splits:
-        count = math.ceil(val_share * len(train)) if len(train) > 1 else 0
-        if count:
-            held_out = choose(train, count, _HELD_OUT_SALT, source.labels, spare=1)
-            train = np.setdiff1d(train, held_out)
-            if len(held_out):
-                splits["val"] = held_out
-    return splits | {"train": train}
-
-
-def _with_labels(source: Source, splits: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The splits without their unlabelled samples; parts that are empty then are left out."""
-    labels = source.labels
-    known = {} if labels is None else {name: part[labels[part] >= 0] for name, part in splits.items()}
-    known = {name: part for name, part in known.items() if len(part)}
-    if "train" not in known:
-        raise DataError(
-            "the training images have no labels, which this stage learns from: put those of each class into a "
-            "folder of its own and set data=class_folders data.root=<the folder above>"
-        )
-    return known
-
-
-def _limited(train: np.ndarray, limit: int, seed: int, labels: np.ndarray | None) -> np.ndarray:
-    if limit > len(train):
-        raise ConfigError(
-            f"data.train_limit={limit} is more than the {len(train)} training images; set it to {len(train)} "
-            "or less, or to null for all"
-        )
-    return choose(train, limit, mix(seed, _LIMIT_SALT), labels, least=1)
-
-
-def _nearest(value: int, options: Iterable[int]) -> str:
-    """The options on either side of a value, in words."""
-    options = list(options)
-    below = max((option for option in options if option <= value), default=None)
-    above = min((option for option in options if option > value), default=None)
-    return " or ".join(str(option) for option in (below, above) if option is not None)
 
 
 def _check(
@@ -329,5 +318,25 @@ def _check(
         faults.append(f"data.repeats={repeats}: set 1 (each image once in an epoch) or more")
     if epoch_steps is not None and epoch_steps < 1:
         faults.append(f"data.epoch_steps={epoch_steps}: set 1 or more, or null for all whole batches")
+    if faults:
+        raise ConfigError(faults)
+
+
+def _check_shards(source: Source, shuffle_shards: int | None, timeout: float) -> None:
+    faults = []
+    if shuffle_shards is not None and shuffle_shards < 1:
+        faults.append(
+            f"data.shuffle_shards={shuffle_shards}: set 1 or more, or null for all (a full shuffle)"
+        )
+    if timeout < 0:
+        faults.append(f"data.timeout={timeout}: set seconds above 0, or 0 for no limit")
+    mixed = shuffle_shards or (0 if source.bounds is None else len(source.bounds) - 1)
+    # Two windows are open at once while one ends and the next begins.
+    if source.room is not None and source.room < mixed + 1:
+        faults.append(
+            f"data.shuffle_shards={'null' if shuffle_shards is None else shuffle_shards} mixes {mixed} shards at a "
+            f"time, but data.source.cache_gb has room for {source.room}, and each would be fetched over and over: set "
+            f"data.shuffle_shards={max(1, source.room - 1)} or less, or raise data.source.cache_gb"
+        )
     if faults:
         raise ConfigError(faults)

@@ -5,10 +5,12 @@ Letters: n samples in the split, g global optimiser step, r rank of W, m micro-b
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Sampler
 
 from beit_pretrain.errors import DataError
@@ -16,6 +18,7 @@ from beit_pretrain.errors import DataError
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _ORDER = 0x6F72646572  # salt of epoch orders, so that they share no draw with the views
+_SHARDS = 0x736872647321
 
 
 class Key(NamedTuple):
@@ -56,12 +59,30 @@ def hashes(values: np.ndarray, *salt: int) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+class Window(NamedTuple):
+    """Shards that are mixed at a time: places cuts[i] up to cuts[i + 1] of a split lie in its i-th shard."""
+
+    cuts: np.ndarray  # (shards + 1,) int64
+    shards: int
+
+
+def epoch_order(n: int, seed: int, epoch: int, window: Window | None = None) -> np.ndarray:
     """The permutation of range(n) for one epoch, (n,) int64.
 
-    Sorted by hash rather than drawn from a library's generator, whose stream may change with its version.
+    Sorted by hash rather than drawn from a library's generator, whose stream may change with its version. With a
+    `window` the shards are permuted, and so many of them at a time are mixed sample by sample: what is read at any
+    moment lies in few files.
     """
-    return np.argsort(hashes(np.arange(n), seed, _ORDER, epoch))
+    keys = hashes(np.arange(n), seed, _ORDER, epoch)
+    if window is None or window.shards >= len(window.cuts) - 1:
+        return np.argsort(keys)
+    shards = np.argsort(hashes(np.arange(len(window.cuts) - 1), seed, _SHARDS, epoch))
+    parts = []
+    for first in range(0, len(shards), window.shards):
+        places = [np.arange(*window.cuts[s : s + 2]) for s in shards[first : first + window.shards]]
+        mixed = np.concatenate(places)
+        parts.append(mixed[np.argsort(keys[mixed])])
+    return np.concatenate(parts)
 
 
 def choose(
@@ -133,6 +154,7 @@ class TrainBatches(Sampler[list[Key]]):
         steps_per_epoch: int,
         position: Callable[[], int],
         repeats: int = 1,
+        window: Window | None = None,
     ) -> None:
         assert batch_size % (micro_batch_size * world_size) == 0
         assert 0 < steps_per_epoch <= len(indices) // batch_size
@@ -146,6 +168,7 @@ class TrainBatches(Sampler[list[Key]]):
         self.accumulate = batch_size // (micro_batch_size * world_size)
         self.position = position
         self.repeats = repeats
+        self.window = window
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch, wherever the next iteration begins."""
@@ -157,7 +180,7 @@ class TrainBatches(Sampler[list[Key]]):
         return self._batches(epoch, start)
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[Key]]:
-        order = self.indices[epoch_order(len(self.indices), self.seed, epoch)]
+        order = self.indices[epoch_order(len(self.indices), self.seed, epoch, self.window)]
         micro, repeats = self.micro_batch_size, self.repeats
         for step in range(start, self.steps_per_epoch):
             for m in range(self.accumulate):
@@ -194,8 +217,14 @@ class ResumableLoader(DataLoader[Any]):
     """A loader whose position is a function of the step: there is nothing to store.
 
     A failure that a worker met is raised here as one line; the loader's own transport would wrap it in a
-    traceback.
+    traceback. So is the silence of workers for `timeout` seconds (0: no limit), with what they are reading: a file
+    system that hangs must not hang the run.
     """
+
+    def __init__(self, dataset: Any, *, num_workers: int, timeout: float = 0, **settings: Any) -> None:
+        super().__init__(dataset, num_workers=num_workers, timeout=timeout if num_workers else 0, **settings)
+        if timeout and num_workers:
+            dataset.reading = torch.full((num_workers,), -1).share_memory_()
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -204,10 +233,30 @@ class ResumableLoader(DataLoader[Any]):
         del state
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return map(_raise_failure, super().__iter__())
+        return self._checked(super().__iter__())
 
-
-def _raise_failure(batch: Any) -> Any:
-    if isinstance(batch, Failure):
-        raise DataError(batch.message)
-    return batch
+    def _checked(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                break
+            if isinstance(batch, Failure):
+                raise DataError(batch.message)
+            yield batch
+        data: Any = self.dataset
+        reading = data.stuck() or "they are reading nothing"
+        # torch ends its workers by a signal that they leave to this process, which would then wait for them for ever.
+        # Before it has let go of them, here, it takes their death for an error of its own.
+        self._iterator = None
+        del batches
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise DataError(
+            f"the data workers gave nothing for {self.timeout:g} s (data.timeout): {reading}; look at the storage that "
+            "it lies on, or raise data.timeout"
+        )

@@ -26,12 +26,19 @@ class Source(ABC):
     """Images by number.
 
     `labels` is (n,) int64 with -1 for unknown, or None; `splits` maps train, val and test to sorted indices
-    and may lack any of them: what is missing is made from what is there.
+    and may lack any of them: what is missing is made from what is there. `bounds` is (shards + 1,) int64 where
+    images lie in shards: numbers bounds[i] up to bounds[i + 1] in the i-th. `flaws` are images that are known to
+    be unusable, with the reason; to read one is a DataError. `streamed`: images cannot be had by number.
+    `room`: how many shards can lie on this machine at a time, None for all.
     """
 
     labels: np.ndarray | None = None
     class_names: list[str] | None = None
     splits: Mapping[str, np.ndarray] = {}
+    bounds: np.ndarray | None = None
+    flaws: Mapping[int, str] = {}
+    streamed: bool = False
+    room: int | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -43,6 +50,10 @@ class Source(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """What to call the image in a message: its path where it has one."""
+
+    def where(self, index: int) -> str:
+        """The place that the image is read from, in words, said without touching a file."""
+        return self.name(index)
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from beit_pretrain.data.jitter import apply_jitter, draw_jitter
+from beit_pretrain.data.jitter import Jitter, apply_jitter, draw_jitter, jitter_batch, postpone
 from beit_pretrain.data.sampler import mix
 from beit_pretrain.errors import ConfigError
 from beit_pretrain.masking import MaskGenerator
@@ -30,11 +30,11 @@ Interpolation = Literal["bicubic", "lanczos"]
 # Since 0.29 torchvision resizes uint8 tensors on the CPU by Lanczos; before, Pillow has to. They differ by
 # a level here and there, so a checkpoint records which one made its pictures.
 _LANCZOS_TENSORS = Version(torchvision.__version__) >= Version("0.29")
+LANCZOS = "torchvision" if _LANCZOS_TENSORS else "pillow"
 RESIZE_IMPLEMENTATION = (
-    f"torchvision {Version(torchvision.__version__).base_version} uint8 antialias, "
-    f"lanczos by {'torchvision' if _LANCZOS_TENSORS else 'pillow'}"
+    f"torchvision {Version(torchvision.__version__).base_version} uint8 antialias, lanczos by {LANCZOS}"
 )
-_MASK_SALT = 1
+MASK_SALT = 1  # makes the key of a view's mask from that of its crop
 
 
 class Crops(NamedTuple):
@@ -44,6 +44,7 @@ class Crops(NamedTuple):
     token_image: Tensor | None = None  # (3, T, T') uint8
     mask: Tensor | None = None  # (N,) bool, True = hidden
     label_map: Tensor | None = None  # (S, S') uint8, 255 = ignored
+    jitter: Tensor | None = None  # (5,) float32, from `jitter.row`: left to the device; None: already applied
 
 
 class Item(NamedTuple):
@@ -53,6 +54,7 @@ class Item(NamedTuple):
     sample: int
     view: int
     label: int
+    ids: Tensor | None = None  # (N,) int32, from a token cache
 
 
 class PretrainBatch(NamedTuple):
@@ -64,7 +66,7 @@ class PretrainBatch(NamedTuple):
     mask: Tensor  # (B, N) bool, True = hidden
     sample: Tensor  # (B,) int64, index in the data set
     view: Tensor  # (B,) int64, which deterministic view of it
-    jitter: Tensor | None  # (B, K) float32; None: already applied
+    jitter: Tensor | None  # (B, 5) float32, of `jitter.row`; None: already applied
 
 
 class ImageBatch(NamedTuple):
@@ -93,17 +95,24 @@ class Box(NamedTuple):
     width: int
 
 
-def resize(image: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
-    """Image (3, h, w) uint8 as (3, *size) uint8, antialiased."""
+def resize(
+    image: Tensor, size: tuple[int, int], interpolation: Interpolation, *, planes: bool = True
+) -> Tensor:
+    """Image (3, h, w) uint8 as (3, *size) uint8, antialiased; without `planes` as it lies in memory.
+
+    An image that lies pixel by pixel takes half the time, and putting its planes one after another a tenth.
+    """
     if interpolation == "lanczos" and not _LANCZOS_TENSORS:
-        return _resize_pillow(image, size)
-    return functional.resize(image, list(size), InterpolationMode(interpolation), antialias=True)
+        resized = _resize_pillow(image, size)
+    else:
+        resized = functional.resize(image, list(size), InterpolationMode(interpolation), antialias=True)
+    return resized.contiguous() if planes else resized
 
 
 def _resize_pillow(image: Tensor, size: tuple[int, int]) -> Tensor:
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     resized = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
 def crop_box(
@@ -151,14 +160,30 @@ class Cutter:
         self.jitter = jitter
 
     def __call__(self, image: Tensor, key: int) -> Tensor:
+        crop, flipped, jitter = self._cut(image, key)
+        return _ready(crop if jitter is None else apply_jitter(crop, image, jitter), flipped)
+
+    def plain(self, image: Tensor, key: int) -> tuple[Tensor, Tensor | None]:
+        """The same crop before its jitter, where that can wait, and what is left of it to `jitter_batch`."""
+        crop, flipped, jitter = self._cut(image, key)
+        crop, row = (crop, None) if jitter is None else postpone(crop, image, jitter)
+        return _ready(crop, flipped), row
+
+    def _cut(self, image: Tensor, key: int) -> tuple[Tensor, bool, Jitter | None]:
         rng = random.Random(key)
         top, left, height, width = crop_box(rng, (image.shape[1], image.shape[2]), self.scale, self.ratio)
         crop = image[:, top : top + height, left : left + width]  # (3, h, w)
         flipped = rng.random() < self.flip
         # Drawn last, so that another strength leaves boxes and flips as they are.
-        if self.jitter:
-            crop = apply_jitter(crop, image, draw_jitter(rng, self.jitter))
-        return crop.flip(-1) if flipped else crop
+        return crop, flipped, draw_jitter(rng, self.jitter) if self.jitter else None
+
+
+def _ready(crop: Tensor, flipped: bool) -> Tensor:
+    """The crop, or its mirror image, pixel by pixel in memory, as resampling reads it fastest."""
+    crop = crop.flip(-1) if flipped else crop
+    # Planes are interleaved by `stack`, which takes half as long for it as `contiguous`.
+    together = crop.permute(1, 2, 0).contiguous() if crop.stride(0) == 1 else torch.stack(crop.unbind(), -1)
+    return together.permute(2, 0, 1)
 
 
 class TwoViews:
@@ -167,6 +192,12 @@ class TwoViews:
     BEiT paper, Appendix (hyperparameters of pre-training): colour jitter, flip, random resized crop;
     bicubic for the encoder, Lanczos for the DALL-E tokenizer. No `token_image_size` leaves the second view
     out.
+
+    With `defer_jitter` the colour jitter is left to `coloured`, on the device, where it can wait: the views are still
+    without it, and the draw goes with them. Pixels differ a little, as jitter then comes after resampling.
+
+    When called, `mask_key` draws the mask (None: it is derived from `key`), and without `token_view` the
+    tokenizer's view is not cut.
     """
 
     def __init__(
@@ -180,30 +211,43 @@ class TwoViews:
         flip: float = 0.5,
         jitter: float = 0.4,
         token_interpolation: Interpolation = "lanczos",
+        defer_jitter: bool = False,
     ) -> None:
         if token_interpolation not in ("lanczos", "bicubic"):
             raise ConfigError(f"token_interpolation={token_interpolation}: set lanczos or bicubic")
+        if not isinstance(defer_jitter, bool):
+            raise ConfigError(f"stage.views.defer_jitter={defer_jitter}: set auto, true or false")
         self.image_size = pair(image_size)
         self.token_image_size = None if token_image_size is None else pair(token_image_size)
         self.mask = mask
         self.cut = Cutter(crop_scale, crop_ratio, flip, jitter)
         self.token_interpolation: Interpolation = token_interpolation
+        self.defer_jitter = defer_jitter
 
-    def __call__(self, image: Tensor, key: int) -> Crops:
-        crop = self.cut(image, key)  # (3, h, w)
-        small = resize(crop, self.image_size, "bicubic")  # (3, S, S')
+    def __call__(
+        self, image: Tensor, key: int, *, mask_key: int | None = None, token_view: bool = True
+    ) -> Crops:
+        crop, jitter = self.cut.plain(image, key) if self.defer_jitter else (self.cut(image, key), None)
+        planes = jitter is None  # else the device puts them in order
+        small = resize(crop, self.image_size, "bicubic", planes=planes)  # (3, S, S')
         token = None
-        if self.token_image_size is not None:
-            token = resize(crop, self.token_image_size, self.token_interpolation)  # (3, T, T')
-        hidden = self.mask(mix(key, _MASK_SALT))  # (rows, cols)
-        return Crops(small, token, torch.from_numpy(hidden).flatten())
+        if token_view and self.token_image_size is not None:
+            token = resize(crop, self.token_image_size, self.token_interpolation, planes=planes)  # (3, T, T')
+        hidden = self.mask(mix(key, MASK_SALT) if mask_key is None else mask_key)  # (rows, cols)
+        return Crops(small, token, torch.from_numpy(hidden).flatten(), jitter=jitter)
+
+    def coloured(self, images: Tensor, jitter: Tensor | None) -> Tensor:
+        """A batch's image or token_image (B, 3, H, W) uint8, after the jitter that was left to the device, if any."""
+        return images if jitter is None else jitter_batch(images, jitter)
 
     def collate(self, items: Sequence[Item]) -> PretrainBatch:
-        token = _stack([item.crops.token_image for item in items])
         mask = _stack([item.crops.mask for item in items])
-        assert mask is not None
-        image = torch.stack([item.crops.image for item in items])
-        return PretrainBatch(image, token, None, mask, *numbers(items), None)
+        jitter = _stack([item.crops.jitter for item in items])
+        stack = _stack if jitter is None else _stack_pixels
+        image = stack([item.crops.image for item in items])
+        token = stack([item.crops.token_image for item in items])
+        assert image is not None and mask is not None
+        return PretrainBatch(image, token, None, mask, *numbers(items), jitter)
 
 
 class OneView:
@@ -273,3 +317,9 @@ def numbers(items: Sequence[Item]) -> tuple[Tensor, Tensor]:
 def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
     given = [part for part in parts if part is not None]
     return torch.stack(given) if given else None
+
+
+def _stack_pixels(images: Sequence[Tensor | None]) -> Tensor | None:
+    """Images (3, H, W) that lie pixel by pixel as (B, 3, H, W) that does so too: `torch.stack` takes them apart."""
+    batch = _stack([None if image is None else image.permute(1, 2, 0) for image in images])
+    return None if batch is None else batch.permute(0, 3, 1, 2)

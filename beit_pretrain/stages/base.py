@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from beit_pretrain import optim
-from beit_pretrain.checkpoint import files
+from beit_pretrain.checkpoint import files, record
 from beit_pretrain.errors import CheckpointError, TrainingError
 from beit_pretrain.stages.bad_steps import keep_bad_step
 from beit_pretrain.stages.gradients import scale_and_clip
@@ -342,6 +342,7 @@ class Stage(LightningModule, ABC):
         checkpoint["beit_pretrain"] = {**self.record, "frozen": hashes, "held_out": self.held_out}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        record.same_resampling(checkpoint["beit_pretrain"], self.record)
         self.held_out = checkpoint["beit_pretrain"]["held_out"]
         saved = checkpoint["beit_pretrain"]["frozen"]
         for name in self.frozen:

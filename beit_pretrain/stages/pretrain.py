@@ -42,6 +42,7 @@ class Pretrain(Stage):
             init_cut=encoder.init_cut,
         )
         self.tokenizer = tokenizer.requires_grad_(False).eval()
+        self.token_cache: Any = None  # where ids are kept that had to be worked out; set afterwards
         patches = encoder.grid[0] * encoder.grid[1]
         self.unigram = UnigramCounts(patches=patches, vocabulary=tokenizer.vocab_size)
         self.score = MaskedScore()
@@ -65,16 +66,20 @@ class Pretrain(Stage):
         return self
 
     @torch.no_grad()
-    def tokens(self, batch: Any) -> Tensor:
-        """Ids (B, N) of the batch: the stored ones, or the tokenizer's."""
+    def tokens(self, batch: Any, *, held_out: bool = False) -> Tensor:
+        """Ids (B, N) int64 of the batch: the stored ones, or the tokenizer's, which are then stored if asked for."""
         if batch.ids is not None:
-            return batch.ids
+            return batch.ids.long()
         with torch.autocast(self.device.type, enabled=False):
-            return self.tokenizer.encode(batch.token_image.float() / 255)
+            ids = self.tokenizer.encode(self.views.coloured(batch.token_image, batch.jitter).float() / 255)
+        if self.token_cache is not None:
+            self.token_cache.keep(batch.sample, None if held_out else batch.view, ids)
+        return ids
 
     def predict(self, batch: Any) -> Tensor:
         """Logits (M, V) of the hidden patches, row-major over (B, N)."""
-        return self.head(self.encoder(self.normalize(batch.image), batch.mask), batch.mask)
+        image = self.views.coloured(batch.image, batch.jitter)
+        return self.head(self.encoder(self.normalize(image), batch.mask), batch.mask)
 
     def compute(self, batch: Any, step: int) -> StepResult:
         ids = self.tokens(batch)
@@ -106,7 +111,7 @@ class Pretrain(Stage):
         }
 
     def evaluate(self, batch: Any) -> None:
-        self.score.update(self.predict(batch), self.tokens(batch)[batch.mask], batch.mask)
+        self.score.update(self.predict(batch), self.tokens(batch, held_out=True)[batch.mask], batch.mask)
 
     def evaluation(self) -> dict[str, float]:
         result = self.score.result()
@@ -115,7 +120,7 @@ class Pretrain(Stage):
 
     @torch.no_grad()
     def picture_rows(self, batch: Any) -> dict[str, Tensor] | None:
-        ids = self.tokens(batch)
+        ids = self.tokens(batch, held_out=True)
         true = self.tokenizer.decode(ids)
         if true is None:
             return None
@@ -123,7 +128,7 @@ class Pretrain(Stage):
         predicted[batch.mask] = self.predict(batch).argmax(-1)
         painted = self.tokenizer.decode(predicted)
         assert painted is not None  # decode paints always or never
-        image = batch.image.float() / 255
+        image = self.views.coloured(batch.image, batch.jitter).float() / 255
         cell = nn.Upsample(size=image.shape[-2:], mode="nearest")
         hidden = cell(batch.mask.view(len(image), 1, *self.encoder.grid).float())
         return {

@@ -15,6 +15,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+shards = typer.Typer(help="Images in tar files: write them, check them, look at them.", no_args_is_help=True)
+app.add_typer(shards, name="shards")
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as for beit-train")]
 
 
@@ -170,3 +173,106 @@ def drill(
             overrides or [], steps=steps, signal=signal, slurm=slurm, seed=seed, out=folder, timeout=timeout
         )
     )
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    seconds: Annotated[float, typer.Option(help="for the test of the loader; 0: none", min=0.0)] = 30.0,
+    rate: Annotated[
+        float | None, typer.Option(help="images/s of one device, to count its workers; else 1,000", min=1.0)
+    ] = None,
+) -> None:
+    """Images, disk space and loader of a run, before it starts: beit-tools plan stage=pretrain data.root=/images
+
+    Tests the loader and says what limits it: reading, decoding, views or copying; and how many workers a device needs.
+    """
+    from beit_pretrain.tools.plan import plan as look_ahead
+
+    look_ahead(overrides or [], seconds=seconds, rate=rate)
+
+
+@shards.command("write")
+def shards_write(
+    src: Annotated[
+        str, typer.Argument(help="a folder of images, or a choice of data: imagenet, torchvision, ...")
+    ],
+    out: Annotated[Path, typer.Argument(help="the folder to write to")],
+    overrides: Overrides = None,
+    samples: Annotated[int | None, typer.Option(help="images in a shard; else 10,000", min=1)] = None,
+    size_mb: Annotated[float | None, typer.Option(help="or about how many MB", min=0.001)] = None,
+    workers: Annotated[int, typer.Option(help="processes, a shard at a time each", min=1)] = 8,
+    shuffle_seed: Annotated[int, typer.Option(help="of the order within each split", min=0)] = 0,
+    no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="keep the source's order")] = False,
+    resize: Annotated[
+        int | None,
+        typer.Option(help="make the shorter side of larger images this long, as JPEG: a loss", min=1),
+    ] = None,
+    quality: Annotated[int | None, typer.Option(help="of these JPEG files; else 90", min=1, max=100)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="throw away other shards in OUT")] = False,
+) -> None:
+    """Pack images into shards: beit-tools shards write /imagenet /shards --size-mb 500
+
+    A folder with a sub-folder train is read as data=class_folders, another as data=folder. Image files go in
+    as they are. The same command goes on after an interruption.
+    """
+    from beit_pretrain.tools.shards_write import write
+
+    raise typer.Exit(
+        write(
+            src,
+            out.expanduser(),
+            overrides or [],
+            samples=samples,
+            size_mb=size_mb,
+            workers=workers,
+            seed=None if no_shuffle else shuffle_seed,
+            resize=resize,
+            quality=quality,
+            overwrite=overwrite,
+        )
+    )
+
+
+@shards.command("verify")
+def shards_verify(
+    root: Annotated[str, typer.Argument(help="the folder of the shards")],
+    workers: Annotated[int, typer.Option(help="processes, a shard at a time each", min=1)] = 8,
+) -> None:
+    """Read every byte and compare it with the index: beit-tools shards verify /shards"""
+    from beit_pretrain.tools.shards import verify
+
+    raise typer.Exit(verify(root, workers))
+
+
+@shards.command("show")
+def shards_show(root: Annotated[str, typer.Argument(help="the folder of the shards")]) -> None:
+    """What is in a set of shards and how it was written: beit-tools shards show /shards"""
+    from beit_pretrain.tools.shards import show
+
+    show(root)
+
+
+tokens = typer.Typer(
+    help="Ids of a tokenizer, kept for pre-training (tokenizer.cache).", no_args_is_help=True
+)
+app.add_typer(tokens, name="tokens")
+
+
+@tokens.command("build")
+def tokens_build(overrides: Overrides = None) -> None:
+    """Run the tokenizer ahead: beit-tools tokens build data.root=/images tokenizer.cache=/tokens tokenizer.views=4
+
+    Give the overrides of the pre-training that is to use the ids. The same command goes on where it stopped.
+    """
+    from beit_pretrain.tools.tokens import build
+
+    build(overrides or [])
+
+
+@tokens.command("show")
+def tokens_show(folder: Annotated[Path, typer.Argument(help="what tokenizer.cache names")]) -> None:
+    """What caches of ids hold: beit-tools tokens show /tokens"""
+    from beit_pretrain.tools.tokens import show
+
+    show(folder.expanduser())

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageStat
 
-from beit_pretrain.data.jitter import Jitter, apply_jitter, draw_jitter
+from beit_pretrain.data.jitter import Jitter, apply_jitter, draw_jitter, jitter_batch, mean_grey, row
 
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
@@ -96,3 +97,37 @@ def test_draws_are_uniform_in_order_and_factor() -> None:
     assert np.abs(factors.std(0) - 0.8 / np.sqrt(12)).max() < 0.006
     assert np.abs(np.corrcoef(factors.T) - np.eye(3)).max() < 0.05
     assert min(draw_jitter(random.Random(seed), 3.0).factors[0] for seed in range(200)) >= 0
+
+
+@pytest.mark.parametrize("strength", [0.4, 3.0])
+def test_a_batch_is_jittered_as_its_images_one_by_one(strength: float) -> None:
+    whole = natural(96, 120)
+    crops = torch.stack(
+        [whole[:, y : y + 40, x : x + 50] for y, x in itertools.product((0, 20, 56), (0, 33, 70))]
+    )
+    draws = [draw_jitter(random.Random(seed), strength) for seed in range(9 * 8)]
+    assert len({draw.order for draw in draws}) == 6
+    for place in range(0, len(draws), 9):
+        part = draws[place : place + 9]
+        rows = torch.stack([row(draw, mean_grey(whole, draw)) for draw in part])
+        assert rows.shape == (9, 5) and rows.dtype == torch.float32
+        expected = torch.stack(
+            [apply_jitter(crop, whole, draw) for crop, draw in zip(crops, part, strict=True)]
+        )
+        for batch in (crops, crops.contiguous(memory_format=torch.channels_last)):
+            kept = batch.clone()
+            jittered = jitter_batch(batch, rows)
+            assert torch.equal(jittered, expected) and jittered.is_contiguous() and torch.equal(batch, kept)
+
+
+def test_a_packed_draw_holds_the_grey_that_contrast_is_relative_to() -> None:
+    whole = natural(60, 80)  # few enough pixels that all of them count
+    for order in itertools.permutations(range(3)):
+        jitter = Jitter(order, (1.3, 0.7, 0.8))
+        before = Image.fromarray(whole.permute(1, 2, 0).contiguous().numpy())
+        for step in order[: order.index(1)]:
+            before = ENHANCERS[step](before).enhance(jitter.factors[step])
+        grey = int(ImageStat.Stat(before.convert("L")).mean[0] + 0.5)
+        number, *factors, mean = row(jitter, mean_grey(whole, jitter)).tolist()
+        assert list(itertools.permutations(range(3)))[int(number)] == order
+        assert factors == pytest.approx(jitter.factors) and mean == grey

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from scipy.stats import ks_2samp
+from sklearn.datasets import load_sample_images
 from torchvision.transforms import RandomResizedCrop, v2
 
 from beit_pretrain.data import transforms
+from beit_pretrain.data.jitter import apply_jitter, draw_jitter
 from beit_pretrain.data.sampler import mix
 from beit_pretrain.data.transforms import Crops, EvalView, Item, OneView, TwoViews, crop_box
 from beit_pretrain.errors import ConfigError
@@ -155,14 +157,125 @@ def test_resizing_is_pillows_to_the_level(source: tuple[int, int]) -> None:
         difference = np.abs(ours.permute(1, 2, 0).numpy() - expected)
         assert difference.max() <= 1 and difference.mean() < 0.05
     by_pillow = transforms._resize_pillow(image, (24, 28))
-    assert by_pillow.is_contiguous() and np.array_equal(by_pillow.permute(1, 2, 0).numpy(), expected)
+    assert np.array_equal(by_pillow.permute(1, 2, 0).numpy(), expected)
 
 
 def test_an_older_torchvision_resizes_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transforms, "_LANCZOS_TENSORS", False)
     image = _noise(50, 40)
-    assert torch.equal(transforms.resize(image, (9, 8), "lanczos"), transforms._resize_pillow(image, (9, 8)))
-    assert "torchvision" in transforms.RESIZE_IMPLEMENTATION
+    resized = transforms.resize(image, (9, 8), "lanczos")
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((8, 9), Image.Resampling.LANCZOS)
+    assert np.array_equal(resized.permute(1, 2, 0), np.array(picture)) and resized.is_contiguous()
+    assert transforms.RESIZE_IMPLEMENTATION.endswith(f"lanczos by {transforms.LANCZOS}")
+
+
+@pytest.mark.parametrize("interpolation", ["lanczos", "bicubic"])
+def test_how_an_image_lies_in_memory_changes_no_pixel(interpolation: transforms.Interpolation) -> None:
+    planes = _noise(70, 91)
+    pixels = planes.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    for image in (planes, pixels, pixels[:, 3:60, 5:80], planes[:, 3:60, 5:80]):
+        for size in ((24, 36), tuple(image.shape[1:])):
+            expected = transforms.resize(image.contiguous(), (size[0], size[1]), interpolation)
+            resized = transforms.resize(image, (size[0], size[1]), interpolation)
+            assert torch.equal(resized, expected) and resized.is_contiguous()
+    for key in range(6):
+        assert torch.equal(
+            OneView(image_size=(24, 36), jitter=0.4)(planes, key).image,
+            OneView(image_size=(24, 36), jitter=0.4)(pixels, key).image,
+        )
+
+
+def test_jitter_left_to_the_device_is_the_same_draw_on_both_views() -> None:
+    sizes: dict[str, Any] = {"image_size": (48, 72), "token_image_size": (24, 36), "mask": MASK}
+    here, later = TwoViews(**sizes), TwoViews(**sizes, defer_jitter=True)
+    plain = TwoViews(**sizes, jitter=0.0)
+    images, strong = [_photo(key % 2) for key in range(12)], 0
+    batch = later.collate([Item(later(image, key), key, 0, -1) for key, image in enumerate(images)])
+    assert batch.jitter is not None and batch.jitter.shape == (12, 5) and batch.token_image is not None
+    large, small = later.coloured(batch.image, batch.jitter), later.coloured(batch.token_image, batch.jitter)
+    for key, image in enumerate(images):
+        without, now = plain(image, key), here(image, key)
+        assert now.jitter is None and now.mask is not None and without.token_image is not None
+        assert torch.equal(batch.mask[key], now.mask)
+        jitter = draw_jitter(_after_the_box(image, key), 0.4)
+        if batch.jitter[key, 1:4].tolist() == [1, 1, 1]:  # a draw that does not wait
+            strong += 1
+            assert now.token_image is not None
+            assert torch.equal(batch.image[key], now.image) and torch.equal(large[key], now.image)
+            assert torch.equal(batch.token_image[key], now.token_image) and torch.equal(
+                small[key], now.token_image
+            )
+            continue
+        assert torch.equal(batch.image[key], without.image)
+        assert torch.equal(batch.token_image[key], without.token_image)
+        for coloured, view in ((large, without.image), (small, without.token_image)):
+            assert torch.equal(
+                coloured[key], apply_jitter(view, image, jitter)
+            )  # grey is that of the whole image
+    assert 0 < strong < 12
+    assert here.coloured(batch.image, None) is batch.image
+    still = TwoViews(**sizes, jitter=0.0, defer_jitter=True)
+    assert still.collate([Item(still(images[0], 0), 0, 0, -1)]).jitter is None
+
+
+def test_a_mask_of_its_own_key_and_no_view_for_the_tokenizer() -> None:
+    view = TwoViews(image_size=(32, 48), token_image_size=(16, 24), mask=MASK)
+    image = _noise(60, 70)
+    both = view(image, 3)
+    other = view(image, 3, mask_key=8, token_view=False)
+    assert other.token_image is None and torch.equal(other.image, both.image)
+    assert other.mask is not None and torch.equal(other.mask, torch.from_numpy(MASK(8)).flatten())
+
+
+def _photo(number: int) -> torch.Tensor:
+    """One of scikit-learn's two photographs, (3, 427, 640) uint8."""
+    return torch.from_numpy(load_sample_images().images[number].copy()).permute(2, 0, 1)
+
+
+def _after_the_box(image: torch.Tensor, key: int) -> random.Random:
+    """The key's generator after box and flip."""
+    rng = random.Random(key)
+    crop_box(rng, (image.shape[1], image.shape[2]), (0.08, 1.0), (3 / 4, 4 / 3))
+    rng.random()
+    return rng
+
+
+def _original(image: torch.Tensor, key: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both views in the order of the BEiT authors, by Pillow: jitter the whole, flip, cut, resize twice."""
+    rng = random.Random(key)
+    box = crop_box(rng, (image.shape[1], image.shape[2]), (0.08, 1.0), (3 / 4, 4 / 3))
+    flipped, jitter = rng.random() < 0.5, draw_jitter(rng, 0.4)
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    for step in jitter.order:
+        enhancer = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step]
+        picture = enhancer(picture).enhance(jitter.factors[step])
+    left = box.left
+    if flipped:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        left = picture.width - box.left - box.width
+    crop = picture.crop((left, box.top, left + box.width, box.top + box.height))
+    return (
+        np.array(crop.resize((224, 224), Image.Resampling.BICUBIC)),
+        np.array(crop.resize((112, 112), Image.Resampling.LANCZOS)),
+    )
+
+
+@pytest.mark.parametrize("photo", [0, 1], ids=["temple", "flower"])
+@pytest.mark.parametrize("deferred", [False, True], ids=["in the worker", "on the device"])
+def test_views_are_faithful_to_the_original_augmentation(photo: int, deferred: bool) -> None:
+    view = TwoViews(image_size=(224, 224), token_image_size=(112, 112), mask=MASK, defer_jitter=deferred)
+    off: list[list[torch.Tensor]] = [[], []]
+    image = _photo(photo)
+    for key in range(30):
+        batch = view.collate([Item(view(image, key), 0, 0, -1)])
+        assert batch.token_image is not None
+        for n, (ours, theirs) in enumerate(
+            zip((batch.image, batch.token_image), _original(image, key), strict=True)
+        ):
+            pixels = view.coloured(ours, batch.jitter)[0].permute(1, 2, 0)
+            off[n].append((pixels.int() - torch.from_numpy(theirs).int()).abs().float())
+    for differences in map(torch.stack, off):
+        assert differences.mean() <= 0.7 and (differences > 4).float().mean() <= 0.015
 
 
 @pytest.mark.parametrize("source", [(300, 400), (400, 300), (256, 256), (57, 333), (224, 224)])
@@ -215,3 +328,5 @@ def test_impossible_settings_are_named() -> None:
         EvalView(image_size=(8, 8), crop_pct=1.2)
     with pytest.raises(ConfigError, match="token_interpolation=nearest: set lanczos or bicubic"):
         TwoViews(image_size=(8, 8), token_image_size=None, mask=MASK, token_interpolation="nearest")  # pyright: ignore
+    with pytest.raises(ConfigError, match=r"stage\.views\.defer_jitter=never: set auto, true or false"):
+        TwoViews(image_size=(8, 8), token_image_size=None, mask=MASK, defer_jitter="never")  # pyright: ignore

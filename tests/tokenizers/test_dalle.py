@@ -74,7 +74,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer(cache: Path, sources: Mapping[str, Any]) -> DalleTokenizer:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("NO_PROXY", "127.0.0.1")
-        return DalleTokenizer(image_size=(48, 32), files=sources, cache=str(cache))
+        return DalleTokenizer(image_size=(48, 32), files=sources, weights=str(cache))
 
 
 def pictures(height: int, width: int, count: int = 2) -> torch.Tensor:
@@ -160,7 +160,7 @@ def test_weights_are_fetched_and_converted_once_and_then_read_offline(
     assert [path.name.split("-")[0] for path in converted] == ["decoder", "encoder"]
     stamp = [path.stat().st_mtime_ns for path in converted]
     mirror.asked.clear()
-    again = DalleTokenizer(image_size=16, files=sources, cache=str(cache), offline=True, decoder=False)
+    again = DalleTokenizer(image_size=16, files=sources, weights=str(cache), offline=True, decoder=False)
     assert mirror.asked == []
     assert [path.stat().st_mtime_ns for path in converted] == stamp
     weight = tokenizer.encoder.get_parameter("output.conv.weight")
@@ -171,7 +171,7 @@ def test_weights_are_fetched_and_converted_once_and_then_read_offline(
 
 def test_offline_without_the_files_says_where_they_belong(sources: Mapping[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=r"encoder\.pkl is not there and tokenizer\.offline=true"):
-        DalleTokenizer(files=sources, cache=str(tmp_path), offline=True)
+        DalleTokenizer(files=sources, weights=str(tmp_path), offline=True)
 
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,9 +184,9 @@ def test_a_size_off_the_stride_an_unknown_precision_and_a_wrong_view_are_refused
     tokenizer: DalleTokenizer, sources: Mapping[str, Any], cache: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"tokenizer\.image_size=100: .*stride 8; set .* to 96, 104"):
-        DalleTokenizer(image_size=100, files=sources, cache=str(cache))
+        DalleTokenizer(image_size=100, files=sources, weights=str(cache))
     with pytest.raises(ConfigError, match=r"tokenizer\.precision=half: set it to auto, float32"):
-        DalleTokenizer(files=sources, cache=str(cache), precision="half")
+        DalleTokenizer(files=sources, weights=str(cache), precision="half")
     with pytest.raises(ConfigError, match=r"for images of 3 x 48 x 32 and was given 3 x 24 x 16"):
         tokenizer.encode(torch.rand(1, 3, 24, 16))
 

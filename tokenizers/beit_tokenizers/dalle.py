@@ -32,7 +32,7 @@ class DalleTokenizer(Tokenizer):
     """DALL-E's dVAE: 53,786,240 parameters to encode, 43,829,766 more to paint; 8 pixels per token.
 
     `files` holds for `encoder` and `decoder` the published file's `urls`, its `size` in bytes and its
-    `sha256` (null where unknown). They are fetched to `cache` once and kept beside a copy in safetensors,
+    `sha256` (null where unknown). They are fetched to `weights` once and kept beside a copy in safetensors,
     which is what is read from then on.
 
     `precision` is that of the encoder's body; its last convolution is always float32, as in the released
@@ -48,7 +48,7 @@ class DalleTokenizer(Tokenizer):
         *,
         image_size: int | Sequence[int] = 112,
         files: Mapping[str, Mapping[str, Any]],
-        cache: str,
+        weights: str,
         offline: bool = False,
         precision: str = "auto",
         decoder: bool = True,
@@ -58,10 +58,10 @@ class DalleTokenizer(Tokenizer):
         if precision != "auto" and precision not in PRECISIONS:
             raise ConfigError(f"tokenizer.precision={precision}: set it to auto, {', '.join(PRECISIONS)}")
         self.precision = precision
-        folder = Path(cache).expanduser()
-        self.encoder = build("encoder", weights("encoder", files["encoder"], folder, offline))
+        folder = Path(weights).expanduser()
+        self.encoder = build("encoder", parameters("encoder", files["encoder"], folder, offline))
         self.decoder = (
-            build("decoder", weights("decoder", files["decoder"], folder, offline)) if decoder else None
+            build("decoder", parameters("decoder", files["decoder"], folder, offline)) if decoder else None
         )
         self.requires_grad_(False)
 
@@ -98,7 +98,7 @@ class DalleTokenizer(Tokenizer):
         return PRECISIONS[self.precision]
 
 
-def weights(kind: str, source: Mapping[str, Any], cache: Path, offline: bool) -> dict[str, Tensor]:
+def parameters(kind: str, source: Mapping[str, Any], cache: Path, offline: bool) -> dict[str, Tensor]:
     """The encoder's or decoder's parameters by name, fetched and converted if that was not done before."""
     path = fetch(
         f"{kind}.pkl",

@@ -1,0 +1,73 @@
+"""Storage that does not answer ends a run with the name of what was being read, and leaves no process behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+from data.shades import Shades, make_module
+from torch import Tensor
+
+from beit_pretrain.data.sampler import epoch_order
+from beit_pretrain.errors import ConfigError, DataError
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
+)
+
+
+class Hanging(Shades):
+    """To read one of the images never ends."""
+
+    def __init__(self, count: int, pipe: Path, bad: int) -> None:
+        super().__init__(count)
+        self.pipe, self.bad = pipe, bad
+
+    def read(self, index: int) -> Tensor:
+        if index == self.bad:
+            os.close(os.open(self.pipe, os.O_RDONLY))  # nobody ever writes
+        return super().read(index)
+
+    def where(self, index: int) -> str:
+        return f"shard {index // 10}, sample {index % 10}"
+
+
+def test_a_read_that_never_ends_is_named_and_its_worker_is_gone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    bad = int(epoch_order(32, 1, 0)[19])
+    module = make_module(Hanging(32, tmp_path / "pipe", bad), workers=2, timeout=1.0, val_share=0.0)
+    seen, began = 0, time.monotonic()
+    with pytest.raises(DataError) as caught:
+        for _ in module.train_dataloader():
+            seen += 1
+    # Batch 2 is worker 0's; worker 1 has done all of its own.
+    assert seen == 2 and time.monotonic() - began < 30
+    assert str(caught.value) == (
+        f"the data workers gave nothing for 1 s (data.timeout): worker 0 is reading shard {bad // 10}, sample "
+        f"{bad % 10}; look at the storage that it lies on, or raise data.timeout"
+    )
+    deadline = time.monotonic() + 10
+    while multiprocessing.active_children():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_slow_source_is_no_stalled_one_and_zero_is_no_limit() -> None:
+    class Slow(Shades):
+        def read(self, index: int) -> Tensor:
+            time.sleep(0.02)
+            return super().read(index)
+
+    for timeout in (5.0, 0.0):
+        assert (
+            len(list(make_module(Slow(16), workers=1, timeout=timeout, val_share=0.0).train_dataloader()))
+            == 2
+        )
+
+
+def test_what_is_no_limit_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.timeout=-1"):
+        make_module(Shades(16), timeout=-1)
