@@ -43,7 +43,8 @@ from beit_pretrain.masking import BlockwiseMask
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from plain_masks import PlainBlockwiseMask  # pyright: ignore[reportMissingImports]
 
-ROUNDS, PASSES, BATCH = 5, 4, 50
+ROUNDS, PASSES = 5, 4
+BATCH = 128  # as falls to a device in the recipe of base (16 devices)
 IMAGE, TOKEN = (224, 224), (112, 112)
 SCALE, RATIO, FLIP, JITTER = (0.08, 1.0), (3 / 4, 4 / 3), 0.5, 0.4
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)

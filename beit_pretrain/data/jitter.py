@@ -21,7 +21,7 @@ from torch import Tensor
 
 _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
 _ORDERS = tuple(itertools.permutations((_BRIGHTNESS, _CONTRAST, _SATURATION)))
-_CUT_OFF = 24  # levels, of 256, that brightness and contrast may cut off together in a draw that waits
+_CUT_OFF = 32  # levels, of 256, that brightness and contrast may cut off together in a draw that waits
 _LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # Pillow's weights of red, green and blue
 _SAMPLE = (
     8192  # pixels that stand for the whole image; a grid of them gives its mean to a fraction of a level
@@ -33,9 +33,6 @@ class Jitter(NamedTuple):
 
     order: tuple[int, ...]
     factors: tuple[float, float, float]  # brightness, contrast, saturation
-
-
-_NOTHING = Jitter((_BRIGHTNESS, _CONTRAST, _SATURATION), (1.0, 1.0, 1.0))
 
 
 def draw_jitter(rng: random.Random, strength: float) -> Jitter:
@@ -55,12 +52,15 @@ def postpone(crop: Tensor, whole: Tensor, jitter: Jitter) -> tuple[Tensor, Tenso
     """The crop to resample now, and what `jitter_batch` is to do with it later, (5,) float32.
 
     Resampling and jitter can change places but for what is cut off at black and white, where fine detail is lost
-    before it is averaged. A draw that cuts off much is applied at once, and nothing is left to do.
+    before it is averaged. A draw that cuts off much is applied at once; a saturation that comes last can still wait.
     """
     mean = mean_grey(whole, jitter)
     table = _table(jitter, jitter.order, mean)
     if np.count_nonzero((table == 0) | (table == 255)) - 2 >= _CUT_OFF:
-        return _apply(crop, jitter, mean), row(_NOTHING, mean)
+        brightness, contrast, saturation = jitter.factors
+        now, later = (1.0, saturation) if jitter.order[-1] == _SATURATION else (saturation, 1.0)
+        crop = _apply(crop, jitter._replace(factors=(brightness, contrast, now)), mean)
+        jitter = jitter._replace(factors=(1.0, 1.0, later))
     return crop, row(jitter, mean)
 
 
@@ -77,7 +77,8 @@ def _apply(crop: Tensor, jitter: Jitter, mean: float) -> Tensor:
     place = jitter.order.index(_SATURATION)
     for steps in (jitter.order[:place], (_SATURATION,), jitter.order[place + 1 :]):
         if steps == (_SATURATION,):
-            pixels = _saturate(pixels, jitter.factors[_SATURATION])
+            if jitter.factors[_SATURATION] != 1.0:
+                pixels = _saturate(pixels, jitter.factors[_SATURATION])
         elif steps:
             # Python's own translation of bytes is several times as fast as NumPy's indexing.
             levels = bytearray(pixels).translate(_table(jitter, steps, mean).tobytes())

@@ -11,7 +11,15 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageStat
 
-from beit_pretrain.data.jitter import Jitter, apply_jitter, draw_jitter, jitter_batch, mean_grey, row
+from beit_pretrain.data.jitter import (
+    Jitter,
+    apply_jitter,
+    draw_jitter,
+    jitter_batch,
+    mean_grey,
+    postpone,
+    row,
+)
 
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
@@ -118,6 +126,21 @@ def test_a_batch_is_jittered_as_its_images_one_by_one(strength: float) -> None:
             kept = batch.clone()
             jittered = jitter_batch(batch, rows)
             assert torch.equal(jittered, expected) and jittered.is_contiguous() and torch.equal(batch, kept)
+
+
+def test_what_does_not_wait_and_what_is_left_make_up_the_whole_jitter() -> None:
+    whole = natural(96, 120)
+    crop, kinds = whole[:, 10:60, 20:90], set()
+    for seed in range(120):
+        draw = draw_jitter(random.Random(seed), 0.4)
+        now, left = postpone(crop, whole, draw)
+        assert torch.equal(jitter_batch(now[None], left[None])[0], apply_jitter(crop, whole, draw))
+        kinds.add((torch.equal(now, crop), left[3].item() == 1.0))
+    assert kinds == {
+        (True, False),
+        (False, True),
+        (False, False),
+    }  # waits whole, not at all, but for saturation
 
 
 def test_a_packed_draw_holds_the_grey_that_contrast_is_relative_to() -> None:

