@@ -268,10 +268,15 @@ class DataModule(LightningDataModule):
         self, dataset: ViewDataset | StreamDataset, batches: Sampler[list[Key]] | None, *, keep_workers: bool
     ) -> ResumableLoader:
         """`batches` is None for a dataset that makes its batches itself."""
-        # A stream waits for each byte by itself; as a whole it may take long to read up to where a run goes on.
-        making: dict[str, Any] = {"batch_size": None, "timeout": 0}
+        # What comes from afar waits for each byte by itself, and may rightly take long: many shards at the beginning
+        # of an epoch, a stream that is read up to where the run goes on.
+        making: dict[str, Any] = {
+            "timeout": 0 if self.source.streamed or self.source.fetched else self.timeout
+        }
         if isinstance(dataset, ViewDataset):
-            making = {"batch_sampler": batches, "collate_fn": dataset.collate, "timeout": self.timeout}
+            making |= {"batch_sampler": batches, "collate_fn": dataset.collate}
+        else:
+            making["batch_size"] = None
         return ResumableLoader(
             dataset,
             **making,

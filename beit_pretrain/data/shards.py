@@ -68,6 +68,7 @@ class ShardSource(Source):
             return
         self.bounds = self.index.bounds
         self.flaws = self.index.flaws
+        self.fetched = self.cache is not None
         sizes = [shard.bytes for shard in self.index.shards]
         if self.cache is not None and sum(sizes) > self.cache.limit:
             self.room = self.cache.limit // max(sizes)

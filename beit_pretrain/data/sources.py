@@ -29,7 +29,8 @@ class Source(ABC):
     and may lack any of them: what is missing is made from what is there. `bounds` is (shards + 1,) int64 where
     images lie in shards: numbers bounds[i] up to bounds[i + 1] in the i-th. `flaws` are images that are known to
     be unusable, with the reason; to read one is a DataError. `streamed`: images cannot be had by number.
-    `room`: how many shards can lie on this machine at a time, None for all.
+    `room`: how many shards can lie on this machine at a time, None for all. `fetched`: to read may take long, and
+    ends by itself where nothing comes.
     """
 
     labels: np.ndarray | None = None
@@ -39,6 +40,7 @@ class Source(ABC):
     flaws: Mapping[int, str] = {}
     streamed: bool = False
     room: int | None = None
+    fetched: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -68,6 +68,12 @@ def test_a_slow_source_is_no_stalled_one_and_zero_is_no_limit() -> None:
         )
 
 
+def test_what_is_fetched_ends_by_itself() -> None:
+    source = Shades(16)
+    source.fetched = True
+    assert make_module(source, workers=1, timeout=5.0).train_dataloader().timeout == 0
+
+
 def test_what_is_no_limit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.timeout=-1"):
         make_module(Shades(16), timeout=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from omegaconf import DictConfig
 from running import SMALL_PRETRAIN, train
 from segmentation import SMALL_SEGMENT, draw_scenes
 
-from beit_pretrain.build import build_stage
+from beit_pretrain.build import add_token_cache, build_data, build_stage
 from beit_pretrain.checkpoint import files
+from beit_pretrain.compose import compose
+from beit_pretrain.data.jitter import draw_jitter, jitter_batch, mean_grey, row
 from beit_pretrain.data.shapes import CLASSES, draw_scene
 from beit_pretrain.models.blocks import attend
+from beit_pretrain.tools.tokens import build
 
 pytestmark = pytest.mark.gpu
 
@@ -85,3 +89,28 @@ def test_a_segmentation_learns_on_a_gpu_and_predicts_there_what_it_does_on_the_c
     there = stage.cuda().predict(image.cuda())
     assert there.is_cuda and there.shape == image.shape[1:]
     assert (here == there.cpu()).float().mean() > 0.99
+
+
+def test_jitter_on_a_gpu_is_that_of_the_cpu() -> None:
+    whole = torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8)
+    crops = torch.stack([whole[:, i : i + 40, i : i + 50] for i in range(32)])
+    draws = [draw_jitter(random.Random(seed), 0.4) for seed in range(32)]
+    rows = torch.stack([row(draw, mean_grey(whole, draw)) for draw in draws])
+    assert torch.equal(jitter_batch(crops.cuda(), rows.cuda()).cpu(), jitter_batch(crops, rows))
+
+
+def test_ids_that_a_gpu_has_stored_are_those_it_gives(tokenizer_run: Path, tmp_path: Path) -> None:
+    asked = [o for o in SMALL_PRETRAIN if not o.startswith("trainer.accelerator")]
+    asked += [f"tokenizer.checkpoint={tokenizer_run}", "trainer.accelerator=gpu", f"runs={tmp_path}/runs"]
+    asked += [f"tokenizer.cache={tmp_path}/ids", "tokenizer.views=1"]
+    build(asked)
+    cfg = compose(["stage=pretrain", *asked])
+    stage: Any = build_stage(cfg).cuda().eval()
+    data = build_data(cfg)
+    data.views = stage.views
+    online = [
+        stage.tokens(stage.transfer_batch_to_device(b, stage.device, 0)) for b in data.train_dataloader()
+    ]
+    add_token_cache(cfg, stage, data)
+    stored = [batch.ids for batch in data.train_dataloader()]
+    assert all(torch.equal(a.cpu(), b.long()) for a, b in zip(online, stored, strict=True))
