@@ -165,7 +165,7 @@ def test_no_option_of_the_default_tokenizer_stays_beside_an_adopted_one(tmp_path
     mine = {"_target_": "mine.Bits", "name": "bits", "image_size": 112, "bits": 13, "checkpoint": "elsewhere"}
     files.write(tmp_path / "mine.ckpt", {"beit_pretrain": {"config": {"tokenizer": mine}}, "state_dict": {}})
     cfg = compose(["stage=pretrain", f"tokenizer.checkpoint={tmp_path}/mine.ckpt"])
-    assert cfg.tokenizer == {**mine, "checkpoint": f"{tmp_path}/mine.ckpt"}
+    assert cfg.tokenizer == {**mine, "checkpoint": f"{tmp_path}/mine.ckpt", "cache": None, "views": None}
 
 
 def test_agreeing_with_the_checkpoint_is_fine(tokenizer: Path, pretrained: Path) -> None:

@@ -91,11 +91,14 @@ class Cache:
 
 
 class _Source:
-    """Rows under the numbers, labels and names of images."""
+    """Rows under the numbers, labels and names of images, in their order."""
+
+    streamed = fetched = False  # whatever the images are
 
     def __init__(self, source: Any, cache: Cache) -> None:
         self.labels = source.labels
-        self.name = source.name
+        self.bounds = source.bounds
+        self.name = self.where = source.name
         self.read = cache.read
 
 

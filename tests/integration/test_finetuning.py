@@ -119,6 +119,7 @@ def test_a_finished_run_is_scored_again_at_its_own_and_at_another_resolution(tun
                 assert found[f"{split}/{key}"] == pytest.approx(before[f"{split}/{key}"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_ranks_score_as_one_device_does(tuned: Path) -> None:
     """Batches of 64 over 280 and 397 images: the ranks' shares are uneven and not filled up."""
     same = [

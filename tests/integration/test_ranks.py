@@ -64,7 +64,7 @@ def _ranks(folder: Path) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-@pytest.mark.parametrize("starter", ["torchrun", "lightning"])
+@pytest.mark.parametrize("starter", ["torchrun", pytest.param("lightning", marks=pytest.mark.slow)])
 def test_an_exception_on_one_rank_is_shown_once_and_ends_both(starter: str, tmp_path: Path) -> None:
     fail = ["+callbacks.fail._target_=running.Fail", "+callbacks.fail.rank=1", "name=failed"]
     process = _start([*LONG, *fail], tmp_path, starter)
@@ -81,7 +81,7 @@ def test_an_exception_on_one_rank_is_shown_once_and_ends_both(starter: str, tmp_
     )
 
 
-@pytest.mark.parametrize("starter", ["torchrun", "lightning"])
+@pytest.mark.parametrize("starter", [pytest.param("torchrun", marks=pytest.mark.slow), "lightning"])
 def test_a_killed_rank_ends_the_other_one(starter: str, tmp_path: Path) -> None:
     process = _start([*LONG, "name=killed"], tmp_path, starter)
     _until(tmp_path / "runs" / "killed", 4, process)

@@ -60,6 +60,7 @@ def test_pretraining_killed_three_times_ends_bit_identical(tokenizer_run: Path, 
     )
 
 
+@pytest.mark.slow
 def test_fine_tuning_killed_three_times_ends_bit_identical(pretrain_run: Path, tmp_path: Path) -> None:
     _compare([*FINETUNE, f"init_from={pretrain_run}", "stage.epochs=3"], tmp_path, kills=3, seed=4)
 
@@ -68,6 +69,7 @@ def test_a_tokenizer_killed_three_times_ends_bit_identical(tmp_path: Path) -> No
     _compare([*SMALL_TOKENIZER, "stage.epochs=5", "data.workers=0"], tmp_path, kills=3, seed=2)
 
 
+@pytest.mark.slow
 def test_a_segmentation_killed_three_times_ends_bit_identical(tmp_path: Path) -> None:
     draw_scenes(tmp_path / "scenes", val=3)
     _compare([*SEGMENT, "stage.epochs=8", "trainer.evaluate_every=4"], tmp_path, kills=3, seed=5)

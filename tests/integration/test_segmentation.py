@@ -213,6 +213,7 @@ def test_a_finished_run_is_scored_again_to_the_same_numbers(segmented: Path, sce
     assert whole["segmentation"]["how"] == "whole images, short side 48; one scale"
 
 
+@pytest.mark.slow
 def test_two_ranks_train_and_score_as_one_device_does(scenes: Path, pretrain_run: Path) -> None:
     """Seven held-out images fall to them four and three; statistics of the norms are those of both."""
     train(

@@ -115,6 +115,7 @@ def test_without_a_cache_every_epoch_has_crops_of_its_own(tokenizer: Path) -> No
     assert_same_end(cached, alone)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_stores_ids_goes_on_to_the_same_end(
     tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

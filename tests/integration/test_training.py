@@ -77,6 +77,7 @@ def test_accumulation_averages_over_hidden_patches_and_not_over_batches(tokenize
     assert metrics(parts, "train/accuracy") == pytest.approx(metrics(whole, "train/accuracy"), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_device_does(tokenizer_run: Path) -> None:
     same = [
         *(o for o in [*FAST, *LEAN] if o != "~callbacks.progress"),

@@ -120,6 +120,7 @@ def begin(*arguments: Any, **options: Any) -> int:
     code = 99
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
         code = run(*arguments, **options)
     finally:
         os._exit(code)
