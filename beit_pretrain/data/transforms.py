@@ -17,6 +17,7 @@ import torchvision
 from packaging.version import Version
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
@@ -316,7 +317,7 @@ def numbers(items: Sequence[Item]) -> tuple[Tensor, Tensor]:
 
 def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
     given = [part for part in parts if part is not None]
-    return torch.stack(given) if given else None
+    return default_collate(given) if given else None  # in a worker, right into the memory that it shares
 
 
 def _stack_pixels(images: Sequence[Tensor | None]) -> Tensor | None:
