@@ -1,8 +1,8 @@
 """JPEGs like ImageNet's, from a few photographs:  python benchmarks/make_images.py OUT --count 200 --photos DIR
 
 What decoding and cropping cost depends on a file's pixels and bytes. Those of ImageNet are mostly 500 x 375 and some
-100 KB in the mean. Each image is a region of a photograph, mirrored by chance, rescaled, sharpened, with light noise, at a
-quality of 88 to 97, 85% of them with halved chroma. What it lacks in bytes of its own target is made up by texture
+100 KB in the mean. Each image is a region of a photograph, mirrored by chance, rescaled, sharpened, with light noise,
+at a quality of 88 to 97, 85% of them with halved chroma. What it lacks in bytes of its own target is made up by texture
 whose amplitude falls with 1/f, as that of photographs. The same arguments give the same files.
 """
 
