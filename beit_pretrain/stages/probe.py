@@ -261,7 +261,7 @@ class Probe(Stage):
                 for total, x in zip(moments, (row, tokens), strict=False):
                     assert x is not None
                     x = x.cpu()[mine].double().flatten(0, -2)
-                    total += torch.stack([x.sum(0), x.square().sum(0), torch.full_like(x[0], len(x))])
+                    total += torch.stack([x.sum(0), x.square().sum(0), torch.full_like(x.sum(0), len(x))])
         for (scale, groups), total in zip(scales, moments, strict=True):
             total = sum_over_ranks(total)
             if not scale.images:

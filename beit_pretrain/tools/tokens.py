@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ def build(overrides: Sequence[str]) -> None:
         if len(missing) == 0:
             continue
         told = _Progress(cache.place(view).name, len(missing)) if launch.rank == 0 else None
-        for batch in data.given(split, _Batches(missing, max(view, 0), size)):
+        with warnings.catch_warnings(action="ignore"):  # of more workers than cores
+            loader = data.given(split, _Batches(missing, max(view, 0), size))
+        for batch in loader:
             if batch.ids is None:  # another process may have been here
                 stage.tokens(
                     stage.transfer_batch_to_device(batch, stage.device, 0), held_out=view == HELD_OUT

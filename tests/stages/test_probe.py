@@ -90,6 +90,20 @@ def test_digits_are_told_apart_as_well_as_by_logistic_regression(tmp_path: Path)
     assert result["pixels"]["test"] > 0.93 and result["accuracy"] > 0.8
 
 
+def test_passes_without_a_training_image_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the splits lie one after another, as in folders and shards, some passes hold only held-out images."""
+    ends = []
+    for size in (64, 7):
+        monkeypatch.setattr("beit_pretrain.stages.probe._BATCH", size)
+        stage = probe(tmp_path)
+        fit(stage, data_of(stage))
+        ends.append(weights(stage))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-5, atol=1e-5)
+
+
 # --- the choice ---------------------------------------------------------------------------------------------
 
 
