@@ -38,6 +38,9 @@ HARMLESS = (
     "stage.compile",
     "micro_batch_size",
     "data.workers",
+    "data.timeout",
+    "data.source.timeout",
+    "data.source.cache_gb",
     "data.check_label_maps",
     "stage.predict.windows",
     "logger",
@@ -96,6 +99,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str],
         line = f"{key}: {old.get(key)} -> {new.get(key)}"
         longer = key == "stage.epochs" and (new.get(key) or 0) > (old.get(key) or 0)
         moved = key in SOURCES and _only_moved(old.get(key), new.get(key), scores)
+        # Without a cache shards are streamed, in another order.
+        moved = moved or (key == "data.source.cache" and None not in (old.get(key), new.get(key)))
         (harmless if longer or moved or _under(key, HARMLESS) else harmful).append(line)
     return harmless, harmful
 

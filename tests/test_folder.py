@@ -136,6 +136,16 @@ def test_an_option_that_came_or_went_is_a_difference(config: dict[str, Any]) -> 
     assert differences(config, changed(config, stage__novel=None)) == ([], [])
 
 
+def test_shards_may_be_kept_elsewhere_but_not_streamed_instead(config: dict[str, Any]) -> None:
+    def harmful(before: str | None, now: str | None, **more: Any) -> list[str]:
+        old, new = (changed(config, data__source={"cache": cache}) for cache in (before, now))
+        return differences(old, {**new, "data": {**new["data"], **more}})[1]
+
+    assert harmful("/a", "/b", timeout=5) == []
+    assert harmful("/a", None) == ["data.source.cache: /a -> None"]
+    assert harmful(None, "/a") == ["data.source.cache: None -> /a"]
+
+
 def test_a_start_that_failed_at_once_binds_nothing(tmp_path: Path, config: dict[str, Any]) -> None:
     folder = RunFolder(tmp_path)
     folder.write_config(config)
