@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from beit_pretrain.data.splits import check_stream, limited, make_splits, with_l
 from beit_pretrain.data.stream import StreamDataset, StreamLoader
 from beit_pretrain.data.tokens import TokenCache, TokenDataset
 from beit_pretrain.data.transforms import EvalView, View
+from beit_pretrain.data.workers import end_workers_with_this_process, leave_signals
 from beit_pretrain.errors import ConfigError, DataError
 
 _SUBSET_SALT = 0x6B6E6E
@@ -277,23 +277,18 @@ class DataModule(LightningDataModule):
             making |= {"batch_sampler": batches, "collate_fn": dataset.collate}
         else:
             making["batch_size"] = None
+        end_workers_with_this_process()
         return ResumableLoader(
             dataset,
             **making,
             num_workers=self.workers,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
             persistent_workers=keep_workers and self.workers > 0,
             # A loader draws a base seed for its workers whenever it is iterated: not from the global
             # generator, or a validation in between would change the training.
             generator=Generator().manual_seed(self.seed),
         )
-
-
-def _leave_signals(worker: int) -> None:
-    """Slurm signals a whole process group: a worker that died of it would take the run along before it has saved."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _check(

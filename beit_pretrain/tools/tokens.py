@@ -54,6 +54,8 @@ def build(overrides: Sequence[str]) -> None:
     """
     arguments = ["stage=pretrain", *overrides]
     cfg = compose(arguments)
+    if cfg.stage.name != "pretrain":
+        raise ConfigError(f"stage={cfg.stage.name} learns no tokens: leave stage out, or set stage=pretrain")
     checks.check(cfg, arguments)
     if cfg.tokenizer.get("cache") is None:
         raise ConfigError("there is no cache to fill: set tokenizer.cache=FOLDER tokenizer.views=NUMBER")

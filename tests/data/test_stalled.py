@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from beit_pretrain.errors import ConfigError, DataError
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
 )
+
+
+TESTS = Path(__file__).parents[1]
 
 
 class Hanging(Shades):
@@ -77,3 +82,18 @@ def test_what_is_fetched_ends_by_itself() -> None:
 def test_what_is_no_limit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.timeout=-1"):
         make_module(Shades(16), timeout=-1)
+
+
+def test_a_process_that_fails_while_it_loads_ends(tmp_path: Path) -> None:
+    script = """
+from data.shades import Shades, make_module
+batches = iter(make_module(Shades(64), workers=2, val_share=0.0).train_dataloader())
+next(batches)
+raise RuntimeError("of the training")
+"""
+    paths = os.pathsep.join(map(str, [TESTS, TESTS.parent]))
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, timeout=100
+    )
+    assert ended.returncode == 1 and ended.stderr.decode().endswith("RuntimeError: of the training\n")

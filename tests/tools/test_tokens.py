@@ -137,6 +137,8 @@ def test_the_commands(asked: list[str]) -> None:
 
 
 def test_what_is_no_cache_is_told_in_one_line(asked: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^stage=classify learns no tokens: leave stage out"):
+        build(["stage=classify"])
     with pytest.raises(ConfigError, match=r"^there is no cache to fill: set tokenizer.cache=FOLDER"):
         build([o for o in asked if not o.startswith(("tokenizer.cache", "tokenizer.views"))])
     with pytest.raises(ConfigError, match=r"^tokenizer.cache=ids and tokenizer.views=null: set both"):
