@@ -41,8 +41,8 @@ _CHUNK = 1 << 20
 _LARGEST = int(np.iinfo(np.uint32).max)  # bytes of an image that an entry can hold
 _LONGEST = 16  # blocks looked at for the headers of one member
 _EXTENDED = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)  # headers that hold a long name for the next one
-_META = re.compile(r"__[^/]*__($|/)")  # what webdataset passes over
-_LABEL = re.compile(rb"\s*(\d{1,9})\s*")
+META = re.compile(r"__[^/]*__($|/)")  # what webdataset passes over
+LABEL = re.compile(rb"\s*(\d{1,9})\s*")
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -217,15 +217,15 @@ def _flaw(sample: _Sample) -> str | None:
 def _samples(path: Path, file: BinaryIO, reader: _Reader) -> Iterator[_Sample]:
     sample = None
     for member in _members(path, file):
-        key, suffix = _key(member.name)
-        if not suffix or _META.match(member.name):
+        key, suffix = member_key(member.name)
+        if not suffix or META.match(member.name):
             continue
         if sample is None or sample.key != key:
             if sample is not None:
                 yield sample
             sample = _Sample(key)
         if suffix == "cls":
-            number = _LABEL.fullmatch(reader.begin(member))
+            number = LABEL.fullmatch(reader.begin(member))
             if number is None:
                 sample.flaw = f"its label {member.name} is no class number (0, 1, 2, ...)"
             else:
@@ -239,7 +239,7 @@ def _samples(path: Path, file: BinaryIO, reader: _Reader) -> Iterator[_Sample]:
         yield sample
 
 
-def _key(name: str) -> tuple[str, str]:
+def member_key(name: str) -> tuple[str, str]:
     """Key and suffix of a member: cut at the first dot of its base name. No suffix: it belongs to no sample."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
@@ -337,4 +337,4 @@ def key_at(descriptor: int, offset: int) -> str | None:
             member = tar.next()
     except (tarfile.TarError, ValueError):
         return None
-    return None if member is None else _key(member.name)[0]
+    return None if member is None else member_key(member.name)[0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 import tarfile
 import time
 import zlib
@@ -27,6 +26,7 @@ from beit_pretrain.data.decode import decode
 from beit_pretrain.data.fetch import waits
 from beit_pretrain.data.folder import SUFFIXES
 from beit_pretrain.data.sampler import Failure, hashes, mix
+from beit_pretrain.data.shard_index import LABEL, META, member_key
 from beit_pretrain.data.transfer import BrokenError, MissingError, pieces
 from beit_pretrain.data.transforms import Item, View
 from beit_pretrain.errors import BeitError, ConfigError, DataError
@@ -35,7 +35,6 @@ BUFFER = 1000  # undecoded samples that each reader mixes; 110 MB of ImageNet's
 
 _SHARDS = 0x73747265616D  # salts of the order of shards, and of the samples in a buffer
 _MIXED = 0x6D69786564
-_META = re.compile(r"__[^/]*__($|/)")  # what webdataset passes over
 _logger = logging.getLogger(__name__)
 
 
@@ -289,17 +288,16 @@ def _samples(stream: Iterator[bytes], shard: str) -> Iterator[_Raw]:
     ) as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # it would keep them all  # pyright: ignore[reportAttributeAccessIssue]
-            folder, slash, base = member.name.rpartition("/")
-            stem, _, suffix = base.partition(".")
-            if not (member.isreg() and stem and suffix) or _META.match(member.name):
+            now, suffix = member_key(member.name)
+            if not (member.isreg() and suffix) or META.match(member.name):
                 continue
-            if (now := f"{folder}{slash}{stem}") != key:
+            if now != key:
                 if parts:
                     yield _raw(f"{shard}/{key}", parts)
                 key, parts = now, {}
             content = tar.extractfile(member)
             assert content is not None
-            parts.setdefault(suffix.lower(), content.read())
+            parts.setdefault(suffix, content.read())
     if parts:
         yield _raw(f"{shard}/{key}", parts)
 
@@ -311,8 +309,8 @@ def _raw(name: str, parts: dict[str, bytes]) -> _Raw:
     if not images:
         flaw = f"no image ({' '.join(SUFFIXES)}) among its files"
     if (given := parts.get("cls")) is not None:
-        if re.fullmatch(rb"\s*\d{1,9}\s*", given):
-            label = int(given)
+        if number := LABEL.fullmatch(given):
+            label = int(number[1])
         else:
             flaw = "its label in .cls is no class number (0, 1, 2, ...)"
     number = zlib.crc32(name.encode("utf-8", "surrogateescape"))
