@@ -131,9 +131,9 @@ def load_weights(stage: Stage, cfg: DictConfig, classes: Sequence[str] | None) -
     parts = ("encoder",) if "encoder" in stage.frozen else ("encoder", "head")
     about = saved["beit_pretrain"]
     state, report = adapt(
-        _weights(saved, parts, cfg.init_weights),
+        part_weights(saved, parts, cfg.init_weights),
         {name: value for name, value in stage.state_dict().items() if name.split(".")[0] in parts},
-        source=Layout(grid=_grid(about["config"]), classes=_classes(about)),
+        source=Layout(grid=grid_of(about["config"]), classes=_classes(about)),
         target=Layout(grid=cast(Any, stage).encoder.grid, classes=classes),
     )
     if evaluate and (difference := class_difference(_classes(about), classes or ())):
@@ -147,8 +147,8 @@ def load_weights(stage: Stage, cfg: DictConfig, classes: Sequence[str] | None) -
     return digest, report
 
 
-def _weights(saved: Mapping[str, Any], parts: Sequence[str], which: str) -> dict[str, Tensor]:
-    """The parts' weights under the names of the stage, or their running average."""
+def part_weights(saved: Mapping[str, Any], parts: Sequence[str], which: str) -> dict[str, Tensor]:
+    """The parts' weights under the names of the stage; with `which` ema, their running average."""
     prefix = AVERAGE if which == "ema" else ""
     state = {
         name.removeprefix(prefix): value
@@ -162,14 +162,16 @@ def _weights(saved: Mapping[str, Any], parts: Sequence[str], which: str) -> dict
     return state
 
 
-def encoder_weights(saved: Mapping[str, Any], which: str) -> dict[str, Tensor]:
+def encoderpart_weights(saved: Mapping[str, Any], which: str) -> dict[str, Tensor]:
     """The encoder's weights, or (`which` is ema) their running average, without a prefix."""
     return {
-        name.removeprefix("encoder."): value for name, value in _weights(saved, ("encoder",), which).items()
+        name.removeprefix("encoder."): value
+        for name, value in part_weights(saved, ("encoder",), which).items()
     }
 
 
-def _grid(config: Mapping[str, Any]) -> tuple[int, int]:
+def grid_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of patches that a saved configuration's encoder was built for."""
     rows, columns = (side // config["model"]["patch_size"] for side in pair(config["image_size"]))
     return rows, columns
 

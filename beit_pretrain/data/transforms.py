@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -274,12 +274,23 @@ class OneView:
 
 
 class EvalView:
-    """The centre of an image, resized until it just covers image_size / crop_pct; nothing is random."""
+    """The centre of an image, resized until it just covers image_size / crop_pct; nothing is random.
 
-    def __init__(self, *, image_size: tuple[int, int], crop_pct: float = 0.875) -> None:
+    `rounding` says where the crop begins if the margins are odd: `round` as in torchvision and the published scores,
+    `int` as in Transformers.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        crop_pct: float = 0.875,
+        rounding: Callable[[float], int] = round,
+    ) -> None:
         if not 0 < crop_pct <= 1:
             raise ConfigError(f"crop_pct={crop_pct}: set a share of the image above 0 and at most 1")
         self.image_size = pair(image_size)
+        self.rounding = rounding
         # The small term keeps 224 / 0.875 at 256, whatever the last bit of the quotient.
         self.cover = tuple(math.floor(side / crop_pct + 1e-6) for side in image_size)
 
@@ -289,8 +300,8 @@ class EvalView:
         # Whichever side binds keeps its length; the other follows, cut to whole pixels, and is never too short.
         covering = max(rows, cols * height // width), max(cols, rows * width // height)
         resized = resize(image, covering, "bicubic")
-        top = round((covering[0] - self.image_size[0]) / 2)
-        left = round((covering[1] - self.image_size[1]) / 2)
+        top = self.rounding((covering[0] - self.image_size[0]) / 2)
+        left = self.rounding((covering[1] - self.image_size[1]) / 2)
         return Crops(resized[:, top : top + self.image_size[0], left : left + self.image_size[1]])
 
     def collate(self, items: Sequence[Item]) -> ImageBatch:

@@ -117,6 +117,12 @@ class SegmentationHead(nn.Module):
         return self.decode_head(levels), self.auxiliary_head(levels[2])
 
 
+def maps_of(tokens: Sequence[Tensor], image: Tensor, patch_size: int) -> list[Tensor]:
+    """Tokens (B, L, D) of several blocks for images (B, 3, H, W) as maps (B, D, h, w), without CLS."""
+    grid = [side // patch_size for side in image.shape[-2:]]
+    return [t[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous() for t in tokens]
+
+
 def classifier(channels: int, classes: int) -> nn.Conv2d:
     """The last layer: 1 x 1, small at first, so that all classes begin alike."""
     layer = nn.Conv2d(channels, classes, kernel_size=1)

@@ -19,7 +19,7 @@ from beit_pretrain.errors import ConfigError
 from beit_pretrain.label_maps import IGNORED
 from beit_pretrain.models.batch_norm import BatchNorm
 from beit_pretrain.models.beit import Beit
-from beit_pretrain.models.upernet import SegmentationHead
+from beit_pretrain.models.upernet import SegmentationHead, maps_of
 from beit_pretrain.stages.base import Stage, StepResult
 from beit_pretrain.stages.worst import WorstImages
 
@@ -79,9 +79,7 @@ class Segment(Stage):
 
     def maps(self, image: Tensor) -> list[Tensor]:
         """Normalised images (B, 3, H, W) -> the four blocks' maps (B, D, h, w)."""
-        rows, columns = (side // self.encoder.patch_size for side in image.shape[-2:])
-        tokens = self._features(image, self.blocks)  # each (B, L, D)
-        return [t[:, 1:].transpose(1, 2).unflatten(2, (rows, columns)).contiguous() for t in tokens]
+        return maps_of(self._features(image, self.blocks), image, self.encoder.patch_size)
 
     # --- one step --------------------------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from beit_pretrain.tools.app_models import register
+
 app = typer.Typer(
     name="beit-tools",
     help="Tools around beit-train. Arguments like key=value are the same overrides as beit-train's.",
@@ -24,6 +26,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as for b
 @app.callback()
 def _commands() -> None:
     """Keeps sub-commands by name."""
+
+
+register(app)
 
 
 @app.command()

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import io
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
 from beit_pretrain.build import build_stage
 from beit_pretrain.checkpoint import files, record
-from beit_pretrain.data.decode import decode
-from beit_pretrain.data.folder import is_image
 from beit_pretrain.dense import Sliding
-from beit_pretrain.devices import ACCELERATORS, accelerator
-from beit_pretrain.errors import BeitError, CheckpointError, DataError
+from beit_pretrain.errors import CheckpointError, DataError
 from beit_pretrain.label_maps import label_png, overlay
 from beit_pretrain.origins import load_strictly
 from beit_pretrain.stages.segment import Segment
+from beit_pretrain.tools.images import count, device_of, find_images, read_image
 
 KEY = "CHECKPOINT"
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --multi-scale: those of the published scores
@@ -46,18 +42,18 @@ def segment(
     Raises BeitError if the checkpoint, the device or the images as a whole cannot be used, before anything is
     written, and if a file cannot be written.
     """
-    where = _device(device)
+    where = device_of(device)
     todo = _outputs(images, out)
     stage, shift = _load(checkpoint)
     stage.to(where)
     stage.sliding = _sliding(stage.sliding, multi_scale=multi_scale, whole=whole)
-    print(f"{_count(len(todo))}; {stage.sliding.describe()}", flush=True)
+    print(f"{count(len(todo))}; {stage.sliding.describe()}", flush=True)
     unreadable = []
     for target, path in todo.items():
         try:
-            image = decode(path.read_bytes())
-        except (DataError, OSError) as error:
-            unreadable.append(f"  {path}: {error.strerror if isinstance(error, OSError) else error}")
+            image = read_image(path)
+        except DataError as error:
+            unreadable.append(f"  {error}")
             continue
         began = time.monotonic()
         label_map = stage.predict(image.to(where)).cpu().numpy()
@@ -67,20 +63,10 @@ def segment(
         print(
             f"{path}: {height} x {width}, {seconds:.1f} s; {_largest(label_map, stage.classes)}", flush=True
         )
-    print(f"{_count(len(todo) - len(unreadable))} segmented, written to {out}")
+    print(f"{count(len(todo) - len(unreadable))} segmented, written to {out}")
     if unreadable:
         print(f"{len(unreadable)} could not be read:", *unreadable, sep="\n")
     return 1 if unreadable else 0
-
-
-def _device(asked: str) -> torch.device:
-    if asked not in ACCELERATORS:
-        raise BeitError(f"--device {asked}: set one of {', '.join(ACCELERATORS)}")
-    kind = accelerator(asked)
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(kind, True):
-        raise BeitError(f"--device {asked}, but there is no such GPU here: set it to auto or cpu")
-    return torch.device(kind)
 
 
 def _load(path: Path) -> tuple[Segment, bool]:
@@ -119,7 +105,7 @@ def _outputs(given: Sequence[Path], out: Path) -> dict[Path, Path]:
     Raises DataError if two images, or an image and a result, would share a file.
     """
     found: dict[Path, Path] = {}
-    for path, below in _images(given):
+    for path, below in find_images(given, without=ENDINGS):
         target = out / below.with_suffix("")
         other = found.setdefault(target, path)
         if other.resolve() != path.resolve():  # the same one may be given twice
@@ -133,22 +119,6 @@ def _outputs(given: Sequence[Path], out: Path) -> dict[Path, Path]:
             if result in inputs:
                 raise DataError(f"{result} is one of the images and would be written over: set another --out")
     return found
-
-
-def _images(given: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
-    """Paths of images as given or below a folder, and each without that folder; earlier results are passed over."""
-    for entry in given:
-        if not entry.is_dir():
-            yield entry, Path(entry.name)
-            continue
-        below = sorted(
-            path
-            for path in entry.rglob("*")
-            if is_image(os.fsencode(path.name)) and not path.name.endswith(ENDINGS) and path.is_file()
-        )
-        if not below:
-            raise DataError(f"{entry} holds no images: give a folder that does, or files")
-        yield from ((path, path.relative_to(entry)) for path in below)
 
 
 def _write(
@@ -165,7 +135,3 @@ def _largest(label_map: np.ndarray, names: Sequence[str]) -> str:
     pixels: Any = np.bincount(label_map.ravel(), minlength=len(names))
     order = [i for i in np.argsort(-pixels, kind="stable")[:NAMED] if pixels[i]]
     return ", ".join(f"{names[i]} {pixels[i] / label_map.size:.1%}" for i in order)
-
-
-def _count(images: int) -> str:
-    return f"{images:,} image{'' if images == 1 else 's'}"

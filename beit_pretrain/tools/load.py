@@ -1,0 +1,173 @@
+"""A trained model, ready to be used: `beit_pretrain.load`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor
+
+from beit_pretrain.build import make
+from beit_pretrain.checkpoint import record
+from beit_pretrain.checkpoint.adapt import Layout, adapt
+from beit_pretrain.data.decode import to_tensor
+from beit_pretrain.data.transforms import EvalView
+from beit_pretrain.errors import CheckpointError, ConfigError
+from beit_pretrain.models.beit import Beit
+from beit_pretrain.models.heads import ClassHead, MIMHead
+from beit_pretrain.models.upernet import SegmentationHead
+from beit_pretrain.models.whole import Classifier, MaskedImageModel, Segmenter
+from beit_pretrain.origins import grid_of, load_strictly, part_weights
+from beit_pretrain.stages.segment import default_blocks
+from beit_pretrain.tools.images import read_image
+from beit_pretrain.wording import bracket, either, pair
+
+Picture = Path | str | Image.Image | np.ndarray | Tensor
+Model = MaskedImageModel | Classifier | Segmenter
+STAGES = ("pretrain", "classify", "segment")
+CROP_PCT = {"pretrain": 1.0, "segment": 1.0}  # of the stages whose configuration has none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """A picture as the model's input: resized until it covers `image_size` / `crop_pct`, its centre, normalised.
+
+    The crop begins at a whole pixel as in Transformers; in training, odd margins are rounded as in torchvision, a
+    pixel further for some sizes.
+    """
+
+    image_size: tuple[int, int]  # (height, width) in pixels
+    crop_pct: float  # share of the resized image's sides that the crop keeps
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, picture: Picture) -> Tensor:
+        """(3, height, width) float32 of a file, a PIL image, or uint8 pixels: (3, H, W) tensor, (H, W, 3) array.
+
+        DataError for a file that cannot be read, TypeError for other pixels.
+        """
+        return self.normalize(self.crop(pixels_of(picture)))
+
+    def crop(self, pixels: Tensor) -> Tensor:
+        """The part of (3, H, W) uint8 pixels that the model sees, (3, height, width) uint8."""
+        view = EvalView(image_size=self.image_size, crop_pct=self.crop_pct, rounding=int)
+        return view(pixels, 0).image
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """uint8 (..., 3, height, width) as float32 in the scale that the model was trained on."""
+        mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (self.mean, self.std))
+        return (pixels.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model in eval mode, what turns pictures into its input, and the names of its classes."""
+
+    model: Model
+    stage: str  # pretrain, classify or segment
+    preprocess: Preprocess
+    labels: list[str] | None  # in the order of the logits; None where the model has no classes
+    about: dict[str, Any]  # what the checkpoint says of itself: config, preprocessing, lineage
+
+    @property
+    def encoder(self) -> Beit:
+        return self.model.encoder
+
+
+def load(
+    path: str | Path,
+    *,
+    weights: str = "raw",
+    image_size: int | Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    crop_pct: float | None = None,
+    device: str | torch.device = "cpu",
+    key: str = "path",
+) -> Loaded:
+    """The model of a run folder or a checkpoint, of ours or of any published format (docs/weights.md).
+
+    weights: `raw`, or `ema`, the running average that fine-tuning can keep.
+    image_size: another one than it was trained with; position tables are resized.
+    mean, std, crop_pct: in place of what the checkpoint says.
+    key: what the messages call the path.
+    Raises CheckpointError if there is no such model, ConfigError if a size does not fit.
+    """
+    saved = record.read(path, key=key)
+    about = saved["beit_pretrain"]
+    config = about["config"]
+    stage = config["stage"]["name"]
+    if stage not in STAGES:
+        raise CheckpointError(
+            f"{key}={path} is of stage={stage}, which is used by other tools: give a run of stage={either(STAGES)}"
+        )
+    state = part_weights(saved, ("encoder", "head"), weights)
+    size = pair(config["image_size"]) if image_size is None else pair(image_size)
+    labels = about["preprocessing"].get("class_names")
+    model = _empty(config, state, size)
+    fitting, _ = adapt(
+        state, model.state_dict(), source=Layout(grid=grid_of(config)), target=Layout(grid=model.encoder.grid)
+    )
+    load_strictly(model, fitting, f"{key}={path}")
+    normalize = config["data"]["normalize"]
+    return Loaded(
+        model=model.eval().requires_grad_(False).to(device),
+        stage=stage,
+        preprocess=Preprocess(
+            image_size=(size[0], size[1]),
+            crop_pct=crop_pct or CROP_PCT.get(stage) or config["stage"]["eval_views"]["crop_pct"],
+            mean=_three(mean, normalize["mean"], "mean"),
+            std=_three(std, normalize["std"], "std"),
+        ),
+        labels=None if stage == "pretrain" or labels is None else list(labels),
+        about=about,
+    )
+
+
+def pixels_of(picture: Picture) -> Tensor:
+    """(3, H, W) uint8 of a picture in any of the forms that `Preprocess` takes."""
+    if isinstance(picture, str | Path):
+        return read_image(Path(picture))
+    if isinstance(picture, Image.Image):
+        return to_tensor(picture)
+    pixels = torch.from_numpy(picture).permute(2, 0, 1) if isinstance(picture, np.ndarray) else picture
+    if pixels.dtype != torch.uint8 or pixels.ndim != 3 or len(pixels) != 3:
+        raise TypeError(
+            f"a picture of {pixels.dtype} {tuple(picture.shape)}: give uint8, a tensor (3, H, W) or an array (H, W, 3)"
+        )
+    return pixels
+
+
+def _empty(config: dict[str, Any], state: dict[str, Tensor], size: Sequence[int]) -> Model:
+    """The model of a configuration without its weights; how many classes or ids there are is in the weights."""
+    node, stage = dict(config["model"]), config["stage"]
+    encoder: Beit = make(DictConfig(node), drop=("name", "image_size"), image_size=(size[0], size[1]))
+    if stage["name"] == "pretrain":
+        vocabulary = len(state["head.lm_head.weight"])
+        return MaskedImageModel(encoder, MIMHead(width=encoder.width, vocab_size=vocabulary))
+    if stage["name"] == "classify":
+        classes = len(state["head.head.weight"])
+        return Classifier(encoder, ClassHead(width=encoder.width, classes=classes, pooling=stage["pooling"]))
+    channels, *_ = state["head.decode_head.bottleneck.bn.weight"].shape
+    classes = len(state["head.decode_head.conv_seg.weight"])
+    head = SegmentationHead(width=encoder.width, channels=channels, classes=classes)
+    return Segmenter(encoder, head, stage["blocks"] or default_blocks(encoder.depth))
+
+
+def _three(
+    given: Sequence[float] | None, known: Sequence[float] | None, name: str
+) -> tuple[float, float, float]:
+    values = given if given is not None else known
+    if values is None or len(values) != 3:
+        raise ConfigError(
+            f"{name}={None if values is None else bracket(values)}: give three numbers, the {name} of the colours that "
+            "the model was trained with (0.5,0.5,0.5 for models of ImageNet-22k)"
+        )
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
