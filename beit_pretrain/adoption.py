@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -43,7 +42,7 @@ def _adopt_frozen(cfg: DictConfig, explicit: Mapping[str, str]) -> None:
     if "image_size" in explicit:
         given["image_size"] = pair(cfg.image_size)
     cfg.image_size = pair(saved["image_size"])
-    cfg.data.normalize = saved["data"]["normalize"]
+    _adopt_scale(cfg, saved, ("mean", "std"))
     _raise_if(faults + _disagreement(cfg, given, explicit, key))
 
 
@@ -78,12 +77,20 @@ def _adopt_tuned(cfg: DictConfig, explicit: Mapping[str, str]) -> None:
 
 def _adopt_pixels(cfg: DictConfig, saved: dict[str, Any], explicit: Mapping[str, str]) -> None:
     """Scale and crop of the images that a model was scored on so far, where the user asks for no other."""
-    for name in ("mean", "std"):
-        if not {"data.normalize", f"data.normalize.{name}"} & explicit.keys():
-            cfg.data.normalize[name] = saved["data"]["normalize"][name]
+    given = {"data.normalize"} & explicit.keys()
+    _adopt_scale(
+        cfg, saved, [n for n in ("mean", "std") if not given and f"data.normalize.{n}" not in explicit]
+    )
     classifies = cfg.stage.name == saved["stage"]["name"] == "classify"
     if classifies and "stage.eval_views.crop_pct" not in explicit:
         cfg.stage.eval_views.crop_pct = saved["stage"]["eval_views"]["crop_pct"]
+
+
+def _adopt_scale(cfg: DictConfig, saved: dict[str, Any], names: Sequence[str]) -> None:
+    """Mean or std of the images that a model knows; files of other programs may not say them."""
+    for name in names:
+        if saved["data"]["normalize"][name] is not None:
+            cfg.data.normalize[name] = saved["data"]["normalize"][name]
 
 
 def _raise_if(faults: Sequence[str]) -> None:
@@ -96,7 +103,7 @@ def _config_of(path: str, key: str) -> dict[str, Any]:
         record,
     )  # brings torch, which --help and a mistyped key need not wait for
 
-    return record.read(Path(path), key=key)["beit_pretrain"]["config"]
+    return record.read(path, key=key)["beit_pretrain"]["config"]
 
 
 def _adopt(

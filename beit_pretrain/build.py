@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from beit_pretrain.checkpoint import files, record
+from beit_pretrain.checkpoint import record
 from beit_pretrain.checkpoint.adapt import Report
 from beit_pretrain.checkpoint.saving import AtomicCheckpointIO
 from beit_pretrain.cluster.environment import environment
@@ -25,7 +25,7 @@ from beit_pretrain.cluster.signals import Signals
 from beit_pretrain.data.tokens import TokenCache
 from beit_pretrain.data.transforms import LANCZOS, RESIZE_IMPLEMENTATION
 from beit_pretrain.devices import accelerator, defers_jitter, nodes, processes
-from beit_pretrain.errors import ConfigError
+from beit_pretrain.errors import BeitError, ConfigError
 from beit_pretrain.origins import load_strictly, load_weights
 from beit_pretrain.stages.base import Stage
 from beit_pretrain.wording import pair
@@ -52,9 +52,8 @@ def build_run(
     parents, report = {}, None
     if cfg.init_from:
         parents["init_from"], report = load_weights(stage, cfg, classes)
-    if cfg.stage.name == "pretrain" and cfg.tokenizer.get("checkpoint"):
-        found = files.resolve(Path(cfg.tokenizer.checkpoint), key="tokenizer.checkpoint")
-        parents["tokenizer"] = files.sha256(found)
+    if cfg.stage.name == "pretrain":
+        parents["tokenizer"] = _tokenizer_parent(cfg)
     stage.record = record.make_record(config, _preprocessing(cfg, data), parents)
     trainer = _trainer(cfg, signals)
     trainer.accumulate_grad_batches = data.plan(trainer.world_size).accumulate
@@ -115,14 +114,24 @@ def _preprocessing(cfg: DictConfig, data: Any) -> dict[str, Any]:
     }
 
 
-def build_tokenizer(cfg: DictConfig) -> nn.Module:
-    """The tokenizer; with `tokenizer.checkpoint`, the trained one (its shape was taken over on composing)."""
+def build_tokenizer(cfg: DictConfig, key: str = "tokenizer.checkpoint") -> nn.Module:
+    """The tokenizer; with `tokenizer.checkpoint`, the trained one (its shape was taken over on composing).
+
+    `key` is what messages call the checkpoint.
+    """
     tokenizer = make(cfg.tokenizer, drop=("name", "checkpoint", "cache", "views"))
     if cfg.stage.name != "tokenizer" and cfg.tokenizer.get("checkpoint"):
-        key = "tokenizer.checkpoint"
         saved = record.read(Path(cfg.tokenizer.checkpoint), key=key)
         load_strictly(tokenizer, record.part(saved, "tokenizer", key=key), key)
     return tokenizer
+
+
+def _tokenizer_parent(cfg: DictConfig) -> dict[str, Any]:
+    """What the record keeps of the tokenizer; of a published one its name, the hash of its weights is there anyway."""
+    if path := cfg.tokenizer.get("checkpoint"):
+        key = "tokenizer.checkpoint"
+        return record.parent(path, record.read(path, key=key), key=key)
+    return {"name": cfg.tokenizer.name}
 
 
 def add_token_cache(cfg: DictConfig, stage: Any, data: Any) -> None:
@@ -212,6 +221,8 @@ def make(node: DictConfig, drop: Sequence[str] = ("name",), **more: Any) -> Any:
     try:
         return instantiate({k: v for k, v in container.items() if k not in drop and k not in more}, **more)
     except InstantiationException as error:
+        if isinstance(error.__cause__, BeitError):
+            raise error.__cause__ from error
         if isinstance(error.__cause__, TypeError) and "unexpected keyword argument" in str(error.__cause__):
             raise ConfigError(f"{container['_target_']}: {error.__cause__}; leave that option out") from error
         raise

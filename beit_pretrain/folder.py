@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from beit_pretrain.checkpoint import files
+from beit_pretrain.checkpoint import files, record
 from beit_pretrain.compose import flat_keys
 from beit_pretrain.errors import BeitError, CheckpointError, ConfigError
 
@@ -114,11 +114,11 @@ def _only_moved(before: str | None, now: str | None, scores: bool) -> bool:
     if before is None or now is None:
         return False
     try:
-        old = files.resolve(Path(before))
+        old, _ = record.file_of(before, key="init_from")
     except CheckpointError:
         return not scores
     try:
-        return files.sha256(old) == files.sha256(files.resolve(Path(now)))
+        return files.sha256(old) == files.sha256(record.file_of(now, key="init_from")[0])
     except CheckpointError:
         return False
 

@@ -9,10 +9,12 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from beit_pretrain.sheets import ELLIPSIS, FAINT, INK, PAPER, fit_text
 
 IGNORED = 255  # pixels without a class: neither learnt from nor counted
 LARGEST = 24  # classes that a legend names
@@ -22,7 +24,6 @@ LETTERS = 84  # lines of text that would fit along a picture's longest side; the
 TEXT = 13
 LONGEST = 28  # letters of a class's name that are shown
 
-PAPER, INK, FAINT = (255, 255, 255), (38, 38, 42), (120, 120, 128)
 GREYS = (126, 126, 126), (158, 158, 158)  # the stripes on ignored pixels
 STRIPE = 3
 WRONG = (214, 39, 40)
@@ -161,7 +162,7 @@ def panels(
     top = margin + 4 * text
     sheet = Image.new("RGB", (max(wide, legend.width + margin), top + true.shape[0] + legend.height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((margin, margin - gap), _fit(title, heading, sheet.width - 2 * margin), INK, heading)
+    draw.text((margin, margin - gap), fit_text(title, heading, sheet.width - 2 * margin), INK, heading)
     for number, (name, pixels) in enumerate(shown.items()):
         left = margin + number * (cell + gap)
         draw.text((left, top - gap), name, FAINT, plain, anchor="ls")
@@ -260,12 +261,4 @@ def _text_size(side: int) -> int:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
-
-
-def _fit(text: str, font: Any, width: int) -> str:
-    """The text, or its end if it is too long: the end of a path says more than its beginning."""
-    shown = text
-    while shown and font.getlength(f"\N{HORIZONTAL ELLIPSIS}{shown}") > width:
-        shown = shown[1:]
-    return text if font.getlength(text) <= width else f"\N{HORIZONTAL ELLIPSIS}{shown}"
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}{ELLIPSIS}"

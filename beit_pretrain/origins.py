@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from beit_pretrain.checkpoint import files, record
-from beit_pretrain.checkpoint.adapt import Layout, Report, adapt, class_difference
+from beit_pretrain.checkpoint import record
+from beit_pretrain.checkpoint.adapt import CLASSIFIER, Layout, Report, adapt, class_difference
 from beit_pretrain.errors import CheckpointError
 from beit_pretrain.stages.base import Stage
 from beit_pretrain.wording import bracket, pair, show
@@ -49,7 +48,12 @@ def start_faults(cfg: DictConfig, explicit: Collection[str]) -> Faults:
             part = HEADS[stage]
         saved, faults = _read("init_from", cfg.init_from, part)
         yield from faults
-        if saved and stage != "tokenizer":
+        if saved and stage == "pretrain" and cfg.mode == "evaluate" and "foreign" in saved:
+            yield (
+                f"mode=evaluate compares with what pre-training counted on the way, and init_from={cfg.init_from} is "
+                "of another program, which did not: set it to a run of stage=pretrain"
+            )
+        elif saved and stage != "tokenizer":
             yield from _agrees(cfg, saved, explicit)
 
 
@@ -60,9 +64,11 @@ def untrained(cfg: DictConfig) -> bool:
 def _read(key: str, path: str, part: str) -> tuple[dict[str, Any] | None, list[str]]:
     """What a checkpoint says about itself, or None and why it cannot give this part."""
     try:
-        checkpoint = record.read(Path(path), key=key)
+        checkpoint = record.read(path, key=key)
     except CheckpointError as error:
         return None, [str(error)]
+    if part == "tokenizer" and "foreign" in checkpoint["beit_pretrain"]:
+        return None, [f"{key}={path} is an encoder, not a tokenizer: set {key} to a run of stage=tokenizer"]
     try:
         record.part(checkpoint, part, key=f"{key}={path}")
     except CheckpointError as error:
@@ -74,8 +80,10 @@ def _read(key: str, path: str, part: str) -> tuple[dict[str, Any] | None, list[s
 
 def _agrees(cfg: DictConfig, saved: dict[str, Any], explicit: Collection[str]) -> Faults:
     """What the encoder of `init_from` was made for: pixels of this scale, an encoder of this shape."""
-    then = {name: [float(v) for v in saved["preprocessing"][name]] for name in ("mean", "std")}
-    now = {name: [float(v) for v in cfg.data.normalize[name]] for name in ("mean", "std")}
+    # Files of others may not say how they were normalised.
+    stated = [name for name in ("mean", "std") if saved["preprocessing"][name] is not None]
+    then = {name: [float(v) for v in saved["preprocessing"][name]] for name in stated}
+    now = {name: [float(v) for v in cfg.data.normalize[name]] for name in stated}
     # Fine-tuning gets used to other pixels, at a price; whoever sets them by hand has thought of it, and so have the
     # published recipes for segmentation, which normalise as ImageNet whatever the encoder saw before.
     on_purpose = cfg.stage.name in HEADS and any(key.startswith("data.normalize") for key in explicit)
@@ -83,8 +91,7 @@ def _agrees(cfg: DictConfig, saved: dict[str, Any], explicit: Collection[str]) -
     if then != now and not on_purpose:
         values = [f"'data.normalize.{n}={bracket(then[n])}'" for n in then if then[n] != now[n]]
         yield (
-            f"init_from={cfg.init_from} saw images normalised with mean {bracket(then['mean'])} and std "
-            f"{bracket(then['std'])}, here they are {bracket(now['mean'])} and {bracket(now['std'])}: "
+            f"init_from={cfg.init_from} saw images normalised with {_scale(then)}, here they are with {_scale(now)}: "
             f"set {' '.join(values)}"
         )
     model = OmegaConf.to_container(cfg.model, resolve=True)
@@ -109,25 +116,31 @@ def _agrees(cfg: DictConfig, saved: dict[str, Any], explicit: Collection[str]) -
         )
 
 
+def _scale(normalize: Mapping[str, Sequence[float]]) -> str:
+    return " and ".join(f"{name} {bracket(values)}" for name, values in normalize.items())
+
+
 # --- putting it in ------------------------------------------------------------------------------------------
 
 
-def load_weights(stage: Stage, cfg: DictConfig, classes: Sequence[str] | None) -> tuple[str, Report | None]:
-    """Put the weights of `init_from` into the stage; returns the file's hash and what became of each key.
+def load_weights(
+    stage: Stage, cfg: DictConfig, classes: Sequence[str] | None
+) -> tuple[dict[str, Any], Report | None]:
+    """Put the weights of `init_from` into the stage; returns the file for the lineage and what became of each key.
 
     Encoders are adapted to another grid and from one shared table to one per block. A tokenizer that goes on, and
     a pre-training that is only scored (with what it counted on the way), must fit as they are: no account then.
     """
-    path = Path(cfg.init_from)
+    path = cfg.init_from
     saved = record.read(path, key="init_from")
-    digest = files.sha256(files.resolve(path, key="init_from"))
+    origin = record.parent(path, saved, key="init_from")
     evaluate = cfg.mode == "evaluate"
     if cfg.stage.name == "tokenizer" or (cfg.stage.name == "pretrain" and evaluate):
         names = {name.split(".")[0] for name, _ in stage.trained_parameters()}
         names.update(stage.statistics if evaluate else ())
         for name in sorted(names):
             load_strictly(getattr(stage, name), record.part(saved, name, key="init_from"), "init_from")
-        return digest, None
+        return origin, None
     parts = ("encoder",) if "encoder" in stage.frozen else ("encoder", "head")
     about = saved["beit_pretrain"]
     state, report = adapt(
@@ -136,15 +149,25 @@ def load_weights(stage: Stage, cfg: DictConfig, classes: Sequence[str] | None) -
         source=Layout(grid=grid_of(about["config"]), classes=_classes(about)),
         target=Layout(grid=cast(Any, stage).encoder.grid, classes=classes),
     )
-    if evaluate and (difference := class_difference(_classes(about), classes or ())):
+    known = _classes(about)
+    difference = class_difference(known, classes or ())
+    if known is None and (lost := [name for name in report.fresh if name in CLASSIFIER]):
+        difference = f"{len(classes or ())} here, and {lost[0]} has another number of them"
+    if evaluate and difference:
         raise CheckpointError(
             f"init_from={path} tells other classes apart than data={cfg.data.name} has ({difference}): evaluate on "
             "images of the same classes"
         )
+    report.notes += about.get("foreign", {}).get("notes", [])
+    if about["preprocessing"]["mean"] is None:
+        scale = _scale({name: list(values) for name, values in cfg.data.normalize.items()})
+        report.notes.append(
+            f"it does not say how its images were normalised: here with {scale} (data.normalize)"
+        )
     for part in parts:
         own = {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}
         load_strictly(getattr(stage, part), own, "init_from")
-    return digest, report
+    return origin, report
 
 
 def part_weights(saved: Mapping[str, Any], parts: Sequence[str], which: str) -> dict[str, Tensor]:
@@ -162,7 +185,7 @@ def part_weights(saved: Mapping[str, Any], parts: Sequence[str], which: str) -> 
     return state
 
 
-def encoderpart_weights(saved: Mapping[str, Any], which: str) -> dict[str, Tensor]:
+def encoder_weights(saved: Mapping[str, Any], which: str) -> dict[str, Tensor]:
     """The encoder's weights, or (`which` is ema) their running average, without a prefix."""
     return {
         name.removeprefix("encoder."): value

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import yaml
-from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
@@ -121,9 +120,8 @@ def _data(cfg: DictConfig) -> Any:
             return f"known when {cfg.data.dataset} has been fetched"
     try:
         return build_data(cfg)
-    except (DataError, InstantiationException) as error:
-        cause = error if isinstance(error, DataError) else error.__cause__
-        if "download" in cfg.data.source and isinstance(cause, DataError):
+    except DataError:
+        if "download" in cfg.data.source:
             return f"known when {cfg.data.dataset} has been fetched"
         raise
 

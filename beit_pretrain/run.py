@@ -79,7 +79,7 @@ def _write(
         "environment": {
             **record.versions(),
             "device": _device_name(),
-            "git_commit": record.git_commit(),
+            **record.checkout(),
         },
     }
     results |= _without_nan(results)
@@ -132,7 +132,7 @@ def _source_hash(cfg: DictConfig) -> str | None:
     """Hash of the file that a score is a score of: other weights under the same path are scored anew."""
     if cfg.stage.name != "knn" and cfg.mode != "evaluate":
         return None
-    return files.sha256(files.resolve(Path(cfg.init_from), key="init_from"))
+    return files.sha256(record.file_of(cfg.init_from, key="init_from")[0])
 
 
 def _train(
@@ -207,7 +207,7 @@ def _knn(cfg: DictConfig, node: DictConfig) -> Results:
     device = torch.device("cuda" if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     seed_everything(cfg.seed, verbose=False)
     encoders = {"untrained": make(cfg.model), "trained": make(cfg.model)}
-    saved = record.read(Path(cfg.init_from), key="init_from")
+    saved = record.read(cfg.init_from, key="init_from")
     load_strictly(encoders["trained"], encoder_weights(saved, cfg.init_weights), "init_from")
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in cfg.data.normalize.values())
     _forward_only(cfg, 1)

@@ -13,6 +13,7 @@ from transformers import (
     BeitForImageClassification,
     BeitForMaskedImageModeling,
     BeitForSemanticSegmentation,
+    BeitModel,
 )
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
@@ -85,6 +86,7 @@ def _only(module: nn.Module, prefix: str) -> dict[str, Tensor]:
 HUGGING_FACE_NAMES = {
     "cls_token": "beit.embeddings.cls_token",
     "mask_token": "beit.embeddings.mask_token",
+    "pos_embed": "beit.embeddings.position_embeddings",
     "patch_embed.proj.weight": "beit.embeddings.patch_embeddings.projection.weight",
     "patch_embed.proj.bias": "beit.embeddings.patch_embeddings.projection.bias",
     "rel_pos_bias.relative_position_bias_table": "beit.shared_position_bias.relative_position_bias_table",
@@ -121,6 +123,15 @@ def hugging_face_twin(
     state = {"layernorm." + name: value for name, value in head.norm.state_dict().items()}
     state |= {"lm_head." + name: value for name, value in head.lm_head.state_dict().items()}
     twin.load_state_dict(state | _encoder_state(encoder))
+    return twin.eval()
+
+
+def hugging_face_encoder(encoder: Beit, image_size: tuple[int, int]) -> BeitModel:
+    """Transformers' model without tables and without a head, with our weights."""
+    absolute = encoder.pos_embed is not None
+    config = _config(encoder, image_size, use_mask_token=True, use_absolute_position_embeddings=absolute)
+    twin = BeitModel(config, add_pooling_layer=False)
+    twin.load_state_dict({k.removeprefix("beit."): v for k, v in _encoder_state(encoder).items()})
     return twin.eval()
 
 

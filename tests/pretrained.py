@@ -20,7 +20,12 @@ TINY = [
     "masking.count=26",
     "masking.min_block=4",
 ]
-TOKENIZER = ["image_size=32", "tokenizer.vocab_size=32", "tokenizer.hidden=8", "tokenizer.code_dim=4"]
+TOKENIZER = [
+    "tokenizer.image_size=32",
+    "tokenizer.vocab_size=32",
+    "tokenizer.hidden=8",
+    "tokenizer.code_dim=4",
+]
 
 
 def save_tokenizer(folder: Path, *overrides: str) -> Path:

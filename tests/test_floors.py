@@ -26,13 +26,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "masking": {"errors"},
     "optim": {"errors"},
     "evaluation": {"errors"},
-    "label_maps": {"errors"},
+    "sheets": set(),
+    "label_maps": {"sheets", "errors"},
     "dense": {"label_maps", "evaluation", "errors"},
     "models": {"errors"},
     "data": {"masking", "label_maps", "errors"},
     "checkpoint": {"models.rel_pos", "errors"},
     "report": {"masking", "label_maps", "errors"},
-    "callbacks": {"tokenizer", "evaluation", "errors"},
+    "callbacks": {"tokenizer", "evaluation", "sheets", "errors"},
     "stages": {
         "models",
         "optim",
@@ -66,6 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "chain": {"compose", "cluster", "devices", "checkpoint", "report", "summary", "errors"},
     "tools": {
+        "models",
         "cluster",
         "chain",
         "run",
@@ -74,6 +76,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "origins",
         "dense",
         "label_maps",
+        "sheets",
+        "tokenizer",
         "devices",
         "compose",
         "summary",
@@ -89,6 +93,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"compose", "cluster", "devices", "run", "chain", "tools", "summary", "errors"},
     "__main__": {"cli"},
     "train.py": {"cli"},
+    "__init__": {"tools.load"},
     "beit_tokenizers": {"tokenizer", "models", "checkpoint", "errors"},
 }
 
@@ -131,8 +136,10 @@ def imports(module: str) -> Iterator[str]:
 
 
 def room(module: str) -> str:
-    """Where a module belongs: its top folder or file."""
+    """Where a module belongs: its top folder or file; the package itself is `__init__`."""
     package, _, inner = module.partition(".")
+    if module == "beit_pretrain":
+        return "__init__"
     if package != "beit_pretrain":
         return {"train": "train.py"}.get(package, package)
     return inner.partition(".")[0]
@@ -151,7 +158,7 @@ def allowed(importer: str, imported: str) -> bool:
 
 
 def test_every_room_is_in_the_table() -> None:
-    rooms = {room(name) for name in modules()} - {""}
+    rooms = {room(name) for name in modules()}
     assert rooms <= MAY_IMPORT.keys(), "give the new room a line in the table, here and in the document"
     targets = {entry for entries in MAY_IMPORT.values() for entry in entries}
     assert {target.partition(".")[0] for target in targets} <= MAY_IMPORT.keys()

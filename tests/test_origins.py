@@ -66,8 +66,8 @@ def started(*overrides: str, classes: list[str] = DIGITS) -> tuple[Any, Any]:
     assert not faults(*overrides)
     cfg = compose(overrides)
     stage = build_stage(cfg, classes)
-    digest, report = load_weights(stage, cfg, classes)
-    assert digest == files.sha256(files.resolve(Path(cfg.init_from), key="init_from"))
+    origin, report = load_weights(stage, cfg, classes)
+    assert origin["sha256"] == files.sha256(files.resolve(Path(cfg.init_from), key="init_from"))
     return stage, report
 
 

@@ -42,6 +42,7 @@ class Report:
     mapped: list[str] = field(default_factory=list)  # classifier rows taken over by class name
     dropped: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what a user should know of a file of another program
 
     def lines(self) -> list[str]:
         """The report as text: one line for each kind that occurred."""
@@ -53,7 +54,7 @@ class Report:
             ("left out", self.dropped),
             ("left as initialised", self.fresh),
         ]
-        return [f"{what}: {_summary(keys)}" for what, keys in said if keys]
+        return [*(f"{what}: {_summary(keys)}" for what, keys in said if keys), *self.notes]
 
 
 @dataclass(frozen=True, kw_only=True)

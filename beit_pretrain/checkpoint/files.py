@@ -76,13 +76,13 @@ def read(path: Path, key: str = "") -> dict[str, Any]:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Save a dictionary of tensors and plain containers: readers see the old file or the new, never parts."""
-    with _atomic(Path(path)) as file:
+    with atomic(Path(path)) as file:
         torch.save(content, file)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Save bytes; readers see the old file or the new, never a part."""
-    with _atomic(Path(path)) as file:
+    with atomic(Path(path)) as file:
         file.write(content)
 
 
@@ -118,7 +118,7 @@ def refusal(error: pickle.UnpicklingError) -> str:
 
 
 @contextlib.contextmanager
-def _atomic(path: Path) -> Iterator[IO[bytes]]:
+def atomic(path: Path) -> Iterator[IO[bytes]]:
     """A temporary file beside `path` that takes its place if the block ends well, and vanishes if not."""
     path = path.expanduser()
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")

@@ -156,15 +156,10 @@ class Beit(nn.Module):
             raise BeitError(
                 f"blocks {unknown} asked of an encoder of {self.depth}: set numbers in 0..{self.depth - 1}"
             )
-        grid = self._grid_of(image)
+        grid = self.grid_of(image)
         kernel = choose_kernel(self.attention, image.device)
-        tokens = self._embed(image, mask, grid)  # (B, L, D)
-        bias: Tensor | OwnBias | None = None
-        if self.rel_pos_bias is not None:
-            bias = self.rel_pos_bias(grid)  # (H, L, L)
-        elif self.lookup is not None:
-            # Made within the block: checkpointing forgets it too, and a table in shares is whole there.
-            bias = partial(self.lookup, grid=grid)
+        tokens = self.embed(image, mask)  # (B, L, D)
+        bias = self.bias(grid)
         after: dict[int, Tensor] = {}
         for i, block in enumerate(self._blocks()[: max(blocks, default=-1) + 1]):
             if self.checkpointing and torch.is_grad_enabled():
@@ -174,10 +169,8 @@ class Beit(nn.Module):
             after[i] = tokens
         return [after[i] for i in blocks]
 
-    def _blocks(self) -> list[Block]:
-        return [block for block in self.blocks if isinstance(block, Block)]
-
-    def _grid_of(self, image: Tensor) -> tuple[int, int]:
+    def grid_of(self, image: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of images (..., height, width); BeitError if the patch does not divide them."""
         height, width = image.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise BeitError(
@@ -186,8 +179,16 @@ class Beit(nn.Module):
             )
         return height // self.patch_size, width // self.patch_size
 
-    def _embed(self, image: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Tensor:
-        """CLS and patches, hidden ones replaced, positions added if there are any: (B, L, D)."""
+    def bias(self, grid: tuple[int, int]) -> Tensor | OwnBias | None:
+        """What blocks add to their logits on a grid: (H, L, L), what makes it of a block's own table, or nothing."""
+        if self.rel_pos_bias is not None:
+            return self.rel_pos_bias(grid)
+        # Made within the block: checkpointing forgets it too, and a table in shares is whole there.
+        return None if self.lookup is None else partial(self.lookup, grid=grid)
+
+    def embed(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What enters the first block: CLS and patches, hidden ones replaced, positions added if there are any."""
+        grid = self.grid_of(image)
         patches = self.patch_embed(image)  # (B, N, D)
         if mask is not None:
             if self.mask_token is None:
@@ -200,10 +201,15 @@ class Beit(nn.Module):
                     f"patches: needed is {tuple(patches.shape[:2])}; set masking.grid to the encoder's grid"
                 )
             patches = torch.where(mask[..., None], self.mask_token, patches)
-        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)  # (B, L, D)
+        # Not len(patches), which would fix the number of images in an exported graph.
+        cls_tokens = self.cls_token.expand(patches.shape[0], -1, -1)  # (B, 1, D)
+        tokens = torch.cat([cls_tokens, patches], dim=1)  # (B, L, D)
         if self.pos_embed is not None:
             tokens = tokens + resize_positions(self.pos_embed, self.grid, grid)
-        return tokens
+        return tokens  # (B, L, D)
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
 
 
 def _faults(

@@ -32,15 +32,20 @@ def choose_kernel(choice: KernelChoice, device: torch.device) -> Kernel:
     return choice
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel: Kernel) -> Tensor:
-    """softmax(q k^T / sqrt(C) + bias) v for q, k, v (B, H, L, C) and bias (H, L, L): (B, H, L, C)."""
-    if kernel == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[None])
+def probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(C) + bias) over the keys, for q, k (B, H, L, C) and bias (H, L, L): (B, H, L, L)."""
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, L, L)
     if bias is not None:
         # In place: the product is needed by no gradient, and one pass over (B, H, L, L) is saved.
         logits.add_(bias)
-    return logits.softmax(dim=-1) @ v  # (B, H, L, C)
+    return logits.softmax(dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel: Kernel) -> Tensor:
+    """softmax(q k^T / sqrt(C) + bias) v for q, k, v (B, H, L, C) and bias (H, L, L): (B, H, L, C)."""
+    if kernel == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[None])
+    return probabilities(q, k, bias) @ v  # (B, H, L, C)
 
 
 class Attention(nn.Module):
@@ -59,10 +64,15 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor, bias: Tensor | None, kernel: Kernel) -> Tensor:
         """Tokens (B, L, D) that have looked at each other, with bias (H, L, L) on the logits: (B, L, D)."""
+        q, k, v = self.project(tokens)
+        return self.proj(attend(q, k, v, bias, kernel).transpose(1, 2).flatten(2))  # (B, L, D)
+
+    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, L, C) of tokens (B, L, D)."""
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         qkv = F.linear(tokens, self.qkv.weight, qkv_bias)  # (B, L, 3 D)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, C)
-        return self.proj(attend(q, k, v, bias, kernel).transpose(1, 2).flatten(2))  # (B, L, D)
+        return q, k, v
 
 
 class Block(nn.Module):
@@ -93,11 +103,20 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor, bias: Tensor | OwnBias | None, kernel: Kernel) -> Tensor:
         """(B, L, D) -> (B, L, D), with bias (H, L, L) on the logits, or with what makes it of the block's own table."""
-        if bias is not None and not isinstance(bias, Tensor):
-            assert self.attn.relative_position_bias_table is not None
-            bias = bias(self.attn.relative_position_bias_table)
-        tokens = tokens + self.drop_path(_scaled(self.attn(self.norm1(tokens), bias, kernel), self.gamma_1))
+        attended = self.attn(self.norm1(tokens), self._own(bias), kernel)
+        tokens = tokens + self.drop_path(_scaled(attended, self.gamma_1))
         return tokens + self.drop_path(_scaled(self.mlp(self.norm2(tokens)), self.gamma_2))
+
+    def attention(self, tokens: Tensor, bias: Tensor | OwnBias | None) -> Tensor:
+        """How much each token looks at each other (B, H, L, L), in sum 1 over the last, of tokens (B, L, D)."""
+        q, k, _ = self.attn.project(self.norm1(tokens))
+        return probabilities(q, k, self._own(bias))
+
+    def _own(self, bias: Tensor | OwnBias | None) -> Tensor | None:
+        if bias is None or isinstance(bias, Tensor):
+            return bias
+        assert self.attn.relative_position_bias_table is not None
+        return bias(self.attn.relative_position_bias_table)
 
 
 def _scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Encoder and head as one module: what a trained model is used as, without a stage around it.
 
-Letters: B images, N patches, D the encoder's width, V vocabulary, C classes, (H, W) an image's size, (h, w) the
-encoder's grid. Parameters are named `encoder.*` and `head.*`, as in a checkpoint.
+Letters: B images, N patches, L = 1 + N tokens, D the encoder's width, V vocabulary, C classes, (H, W) an image's size,
+(h, w) the encoder's grid. Parameters are named `encoder.*` and `head.*`, as in a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,6 +14,18 @@ from torch.nn import functional as F
 from beit_pretrain.models.beit import Beit
 from beit_pretrain.models.heads import ClassHead, MIMHead
 from beit_pretrain.models.upernet import SegmentationHead, maps_of
+
+
+class Headless(nn.Module):
+    """An encoder alone: what is left of a model whose head was not kept."""
+
+    def __init__(self, encoder: Beit) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Tokens (B, L, D) of normalised images (B, 3, H, W)."""
+        return self.encoder(image)
 
 
 class MaskedImageModel(nn.Module):

@@ -342,7 +342,7 @@ class Stage(LightningModule, ABC):
         checkpoint["beit_pretrain"] = {**self.record, "frozen": hashes, "held_out": self.held_out}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        record.same_resampling(checkpoint["beit_pretrain"], self.record)
+        self.record = record.continued(checkpoint["beit_pretrain"], self.record)
         self.held_out = checkpoint["beit_pretrain"]["held_out"]
         saved = checkpoint["beit_pretrain"]["frozen"]
         for name in self.frozen:

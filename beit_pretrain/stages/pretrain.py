@@ -120,23 +120,9 @@ class Pretrain(Stage):
 
     @torch.no_grad()
     def picture_rows(self, batch: Any) -> dict[str, Tensor] | None:
-        ids = self.tokens(batch, held_out=True)
-        true = self.tokenizer.decode(ids)
-        if true is None:
-            return None
-        predicted = ids.clone()
-        predicted[batch.mask] = self.predict(batch).argmax(-1)
-        painted = self.tokenizer.decode(predicted)
-        assert painted is not None  # decode paints always or never
         image = self.views.coloured(batch.image, batch.jitter).float() / 255
-        cell = nn.Upsample(size=image.shape[-2:], mode="nearest")
-        hidden = cell(batch.mask.view(len(image), 1, *self.encoder.grid).float())
-        return {
-            "original": image,
-            "masked": image * (1 - hidden) + 0.5 * hidden,
-            "true tokens": true,
-            "predicted tokens": painted,
-        }
+        ids = self.tokens(batch, held_out=True)
+        return painted(self.tokenizer, image, batch.mask, ids, self.predict(batch).argmax(-1))
 
     def results(self) -> dict[str, Any]:
         """The baselines that a model without pictures would reach; the loss is compared in standard errors."""
@@ -150,3 +136,28 @@ class Pretrain(Stage):
                 if error := val[f"val/{name}_se"]:  # 0 if all held-out images score alike
                     base[f"{name}_z"] = gain / error
         return {"baseline": base}
+
+
+def painted(
+    tokenizer: Tokenizer, image: Tensor, mask: Tensor, ids: Tensor, predicted: Tensor
+) -> dict[str, Tensor] | None:
+    """What was hidden and what is seen there, as columns of pictures (B, 3, H, W); None if the tokenizer cannot paint.
+
+    Images (B, 3, H, W) in [0, 1], mask (B, N), true ids (B, N) and predicted ones (M,) of the hidden patches; the
+    others are painted as they are.
+    """
+    true = tokenizer.decode(ids)
+    if true is None:
+        return None
+    mixed = ids.clone()
+    mixed[mask] = predicted
+    seen = tokenizer.decode(mixed)
+    assert seen is not None  # decode paints always or never
+    cell = nn.Upsample(size=image.shape[-2:], mode="nearest")
+    hidden = cell(mask.view(len(image), 1, *tokenizer.grid).float())
+    return {
+        "original": image,
+        "masked": image * (1 - hidden) + 0.5 * hidden,
+        "true tokens": true,
+        "predicted tokens": seen,
+    }

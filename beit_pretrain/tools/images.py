@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from beit_pretrain.data.decode import decode
 from beit_pretrain.data.folder import is_image
 from beit_pretrain.devices import ACCELERATORS, accelerator
 from beit_pretrain.errors import BeitError, DataError
+
+READERS = 8  # processes at most
 
 
 def device_of(asked: str) -> torch.device:
@@ -48,6 +53,29 @@ def find_images(given: Sequence[Path], without: tuple[str, ...] = ()) -> Iterato
         yield from ((path, path.relative_to(entry)) for path in below)
 
 
+def outputs(given: Sequence[Path], out: Path, endings: tuple[str, ...]) -> dict[Path, Path]:
+    """Each image by the path that its results begin with: below a given folder as it lies there.
+
+    Results end with `endings`; below folders, earlier ones are passed over. Raises DataError if two images, or an
+    image and a result, would share a file.
+    """
+    found: dict[Path, Path] = {}
+    for path, below in find_images(given, without=endings):
+        target = out / below.with_suffix("")
+        other = found.setdefault(target, path)
+        if other.resolve() != path.resolve():  # the same one may be given twice
+            raise DataError(
+                f"{other} and {path} would both become {target}{endings[0]}: let one of them go to another folder "
+                "(--out), or rename it"
+            )
+    inputs = {path.resolve() for path in found.values()}
+    for target in found:
+        for result in (Path(f"{target}{ending}").resolve() for ending in endings):
+            if result in inputs:
+                raise DataError(f"{result} is one of the images and would be written over: set another --out")
+    return found
+
+
 def read_image(path: Path) -> Tensor:
     """The picture as (3, H, W) uint8 RGB; DataError, which names the file, if it cannot be read."""
     try:
@@ -56,6 +84,65 @@ def read_image(path: Path) -> Tensor:
         raise DataError(f"{path}: {error.strerror}") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+
+
+class _Crops(Dataset[Any]):
+    """Crops of images by their paths: workers need not hold the list of all of them."""
+
+    def __init__(self, crop: Callable[[Tensor], Tensor]) -> None:
+        self.crop = crop
+
+    def __getitem__(self, path: Path) -> tuple[Path, Tensor | str]:
+        """The crop, or why there is none."""
+        try:
+            return path, self.crop(read_image(path))
+        except DataError as error:
+            return path, str(error)
+
+
+def _collate(items: Sequence[tuple[Path, Tensor | str]]) -> tuple[list[Path], Tensor | None, list[str]]:
+    crops = [(path, crop) for path, crop in items if isinstance(crop, Tensor)]
+    together = torch.stack([crop for _, crop in crops]) if crops else None
+    return [path for path, _ in crops], together, [fault for _, fault in items if isinstance(fault, str)]
+
+
+def batches(
+    paths: Sequence[Path], crop: Callable[[Tensor], Tensor], *, size: int, unreadable: list[str]
+) -> Iterator[tuple[list[Path], Tensor]]:
+    """Images in their order, up to `size` at a time: paths, and `crop` of each (B, 3, H, W) uint8.
+
+    If there are several batches, processes read ahead, two batches each. What cannot be read is left out, and
+    `unreadable` gets its line.
+    """
+    loader = DataLoader(
+        _Crops(crop),
+        size,
+        sampler=paths,
+        collate_fn=_collate,
+        num_workers=min(READERS, usable_cores()) if len(paths) > size else 0,
+    )
+    for found, pixels, faults in loader:
+        unreadable += faults
+        if found:
+            yield found, pixels
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; a Slurm job has fewer than its node."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def printable(text: object) -> str:
+    """A name of a file, which need not be Unicode, as every terminal and format takes it."""
+    return str(text).encode(errors="backslashreplace").decode()
+
+
+def list_unreadable(unreadable: Sequence[str]) -> int:
+    """Print them at the end; the command's exit code."""
+    if not unreadable:
+        return 0
+    print(f"{len(unreadable):,} could not be read:", *(f"  {printable(u)}" for u in unreadable), sep="\n")
+    return 1
 
 
 def count(images: int) -> str:

@@ -22,16 +22,16 @@ from beit_pretrain.errors import CheckpointError, ConfigError
 from beit_pretrain.models.beit import Beit
 from beit_pretrain.models.heads import ClassHead, MIMHead
 from beit_pretrain.models.upernet import SegmentationHead
-from beit_pretrain.models.whole import Classifier, MaskedImageModel, Segmenter
+from beit_pretrain.models.whole import Classifier, Headless, MaskedImageModel, Segmenter
 from beit_pretrain.origins import grid_of, load_strictly, part_weights
 from beit_pretrain.stages.segment import default_blocks
 from beit_pretrain.tools.images import read_image
 from beit_pretrain.wording import bracket, either, pair
 
 Picture = Path | str | Image.Image | np.ndarray | Tensor
-Model = MaskedImageModel | Classifier | Segmenter
+Model = MaskedImageModel | Classifier | Segmenter | Headless
 STAGES = ("pretrain", "classify", "segment")
-CROP_PCT = {"pretrain": 1.0, "segment": 1.0}  # of the stages whose configuration has none
+CROP_PCT = {"pretrain": 1.0, "segment": 1.0, "encoder": 1.0}  # of the stages whose configuration has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Loaded:
     """A model in eval mode, what turns pictures into its input, and the names of its classes."""
 
     model: Model
-    stage: str  # pretrain, classify or segment
+    stage: str  # pretrain, classify or segment; encoder: of another program, without a head
     preprocess: Preprocess
     labels: list[str] | None  # in the order of the logits; None where the model has no classes
     about: dict[str, Any]  # what the checkpoint says of itself: config, preprocessing, lineage
@@ -103,7 +103,7 @@ def load(
     about = saved["beit_pretrain"]
     config = about["config"]
     stage = config["stage"]["name"]
-    if stage not in STAGES:
+    if stage not in (*STAGES, "encoder"):
         raise CheckpointError(
             f"{key}={path} is of stage={stage}, which is used by other tools: give a run of stage={either(STAGES)}"
         )
@@ -122,8 +122,8 @@ def load(
         preprocess=Preprocess(
             image_size=(size[0], size[1]),
             crop_pct=crop_pct or CROP_PCT.get(stage) or config["stage"]["eval_views"]["crop_pct"],
-            mean=_three(mean, normalize["mean"], "mean"),
-            std=_three(std, normalize["std"], "std"),
+            mean=_three(mean, normalize["mean"], "mean", f"{key}={path}"),
+            std=_three(std, normalize["std"], "std", f"{key}={path}"),
         ),
         labels=None if stage == "pretrain" or labels is None else list(labels),
         about=about,
@@ -136,7 +136,8 @@ def pixels_of(picture: Picture) -> Tensor:
         return read_image(Path(picture))
     if isinstance(picture, Image.Image):
         return to_tensor(picture)
-    pixels = torch.from_numpy(picture).permute(2, 0, 1) if isinstance(picture, np.ndarray) else picture
+    # A copy: torch warns of arrays that cannot be written to, such as Pillow's.
+    pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1) if isinstance(picture, np.ndarray) else picture
     if pixels.dtype != torch.uint8 or pixels.ndim != 3 or len(pixels) != 3:
         raise TypeError(
             f"a picture of {pixels.dtype} {tuple(picture.shape)}: give uint8, a tensor (3, H, W) or an array (H, W, 3)"
@@ -148,6 +149,8 @@ def _empty(config: dict[str, Any], state: dict[str, Tensor], size: Sequence[int]
     """The model of a configuration without its weights; how many classes or ids there are is in the weights."""
     node, stage = dict(config["model"]), config["stage"]
     encoder: Beit = make(DictConfig(node), drop=("name", "image_size"), image_size=(size[0], size[1]))
+    if stage["name"] == "encoder":
+        return Headless(encoder)
     if stage["name"] == "pretrain":
         vocabulary = len(state["head.lm_head.weight"])
         return MaskedImageModel(encoder, MIMHead(width=encoder.width, vocab_size=vocabulary))
@@ -161,13 +164,16 @@ def _empty(config: dict[str, Any], state: dict[str, Tensor], size: Sequence[int]
 
 
 def _three(
-    given: Sequence[float] | None, known: Sequence[float] | None, name: str
+    given: Sequence[float] | None, known: Sequence[float] | None, name: str, source: str
 ) -> tuple[float, float, float]:
+    """A value for each colour; ConfigError where nobody says it, or not three."""
     values = given if given is not None else known
-    if values is None or len(values) != 3:
+    if values is None:
         raise ConfigError(
-            f"{name}={None if values is None else bracket(values)}: give three numbers, the {name} of the colours that "
-            "the model was trained with (0.5,0.5,0.5 for models of ImageNet-22k)"
+            f"{source} does not say how its images were normalised: give mean and std (--mean, --std), such as "
+            "0.5,0.5,0.5 for both, as models of ImageNet-22k were trained"
         )
+    if len(values) != 3:
+        raise ConfigError(f"{name}={bracket(values)}: give three numbers, for red, green and blue")
     red, green, blue = (float(value) for value in values)
     return red, green, blue

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +28,7 @@ from beit_pretrain.data.sources import SceneSource
 from beit_pretrain.data.transforms import Item
 from beit_pretrain.devices import defers_jitter, processes
 from beit_pretrain.errors import ConfigError, DataError
+from beit_pretrain.tools.images import usable_cores
 from beit_pretrain.wording import times
 
 RATE = 1000.0  # images/s of a device that workers are counted for, where nothing is asked
@@ -106,7 +105,7 @@ def facts(cfg: DictConfig, data: DataModule) -> Rows:
         ("classes", f"{len(names):,}" if names else "no labels"),
         ("batch", f"{cfg.batch_size:,} = {times(split)} (devices x images x passes)"),
         ("updates", f"{steps:,} an epoch x {epochs:,} epochs = {steps * epochs:,}"),
-        ("workers", f"data.workers={data.workers} for each device; cores here: {_cores()}"),
+        ("workers", f"data.workers={data.workers} for each device; cores here: {usable_cores()}"),
     ]
     return [*rows, *_shard_rows(data, world), *_cache_rows(cfg, data)]
 
@@ -153,11 +152,6 @@ def _bytes(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:,.1f} GB"
-
-
-def _cores() -> int:
-    """Cores that this process may use; a Slurm job has fewer than its node."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 # --- measurements -------------------------------------------------------------------------------------------
@@ -266,7 +260,7 @@ def _repeated(batches: Iterable[Any]) -> Iterator[Any]:
 
 def findings(data: DataModule, parts: dict[str, Cost], speed: Speed, rate: float | None) -> Rows:
     """What limits the loader, and how many workers a device needs."""
-    workers, cores = data.workers, _cores()
+    workers, cores = data.workers, usable_cores()
     total = sum(cost.wall for cost in parts.values())
     by = f"data.workers={workers}" if workers else "the training process itself (data.workers=0)"
     rows = [("speed", f"{speed.rate:,.0f} images/s by {by}, the first batch after {speed.first:.1f} s")]

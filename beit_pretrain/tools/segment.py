@@ -19,7 +19,7 @@ from beit_pretrain.errors import CheckpointError, DataError
 from beit_pretrain.label_maps import label_png, overlay
 from beit_pretrain.origins import load_strictly
 from beit_pretrain.stages.segment import Segment
-from beit_pretrain.tools.images import count, device_of, find_images, read_image
+from beit_pretrain.tools.images import count, device_of, list_unreadable, outputs, read_image
 
 KEY = "CHECKPOINT"
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --multi-scale: those of the published scores
@@ -43,7 +43,7 @@ def segment(
     written, and if a file cannot be written.
     """
     where = device_of(device)
-    todo = _outputs(images, out)
+    todo = outputs(images, out, ENDINGS)
     stage, shift = _load(checkpoint)
     stage.to(where)
     stage.sliding = _sliding(stage.sliding, multi_scale=multi_scale, whole=whole)
@@ -53,7 +53,7 @@ def segment(
         try:
             image = read_image(path)
         except DataError as error:
-            unreadable.append(f"  {error}")
+            unreadable.append(str(error))
             continue
         began = time.monotonic()
         label_map = stage.predict(image.to(where)).cpu().numpy()
@@ -64,9 +64,7 @@ def segment(
             f"{path}: {height} x {width}, {seconds:.1f} s; {_largest(label_map, stage.classes)}", flush=True
         )
     print(f"{count(len(todo) - len(unreadable))} segmented, written to {out}")
-    if unreadable:
-        print(f"{len(unreadable)} could not be read:", *unreadable, sep="\n")
-    return 1 if unreadable else 0
+    return list_unreadable(unreadable)
 
 
 def _load(path: Path) -> tuple[Segment, bool]:
@@ -97,28 +95,6 @@ def _sliding(trained: Sliding, *, multi_scale: bool, whole: bool) -> Sliding:
         flip=multi_scale or trained.flip,
         windows=trained.windows,
     )
-
-
-def _outputs(given: Sequence[Path], out: Path) -> dict[Path, Path]:
-    """Each image by the path that its results begin with: below a given folder as it lies there.
-
-    Raises DataError if two images, or an image and a result, would share a file.
-    """
-    found: dict[Path, Path] = {}
-    for path, below in find_images(given, without=ENDINGS):
-        target = out / below.with_suffix("")
-        other = found.setdefault(target, path)
-        if other.resolve() != path.resolve():  # the same one may be given twice
-            raise DataError(
-                f"{other} and {path} would both become {target}{ENDINGS[0]}: segment one of them into another "
-                "folder (--out), or rename it"
-            )
-    inputs = {path.resolve() for path in found.values()}
-    for target in found:
-        for result in (Path(f"{target}{ending}").resolve() for ending in ENDINGS):
-            if result in inputs:
-                raise DataError(f"{result} is one of the images and would be written over: set another --out")
-    return found
 
 
 def _write(

@@ -73,7 +73,9 @@ def test_fine_tuning_beats_chance_and_says_where_it_began(tuned: Path, pretrain_
     assert whole["expanded"] == ["encoder.rel_pos_bias.relative_position_bias_table to 2"]
     assert len(whole["loaded"]) > 20 and "head.head.weight" in whole["fresh"]
     record = files.read(tuned / "checkpoints" / "last.ckpt")["beit_pretrain"]
-    assert record["lineage"]["parents"] == {"init_from": files.sha256(pretrain_run / "checkpoints/last.ckpt")}
+    origin = record["lineage"]["parents"]["init_from"]
+    assert origin["sha256"] == files.sha256(pretrain_run / "checkpoints/last.ckpt")
+    assert origin["parents"].keys() == {"tokenizer"}
     with (tuned / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["val_ema/top1"]) for row in rows if row["val/top1"]][-1] == metrics["val_ema/top1"]

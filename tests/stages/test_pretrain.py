@@ -76,7 +76,7 @@ def test_jitter_is_left_to_a_gpu_unless_asked_otherwise(tokenizer: Path) -> None
 def test_a_run_does_not_go_on_with_another_lanczos(tokenizer: Path) -> None:
     def record(lanczos: str | None, version: str) -> dict[str, Any]:
         made = {"resize": f"torchvision {version}", **({"lanczos": lanczos} if lanczos else {})}
-        return {"preprocessing": made, "lineage": {"versions": {"torchvision": version}}}
+        return {"preprocessing": made, "lineage": {"versions": {"torchvision": version}, "parents": {}}}
 
     stage = _stage(tokenizer)
     stage.record = record("torchvision", "0.29.2")

@@ -181,7 +181,7 @@ def test_slow_decoding_is_named_and_workers_add_up(
 
 
 def test_needed_workers_come_from_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "_cores", lambda: 4)
+    monkeypatch.setattr(plans, "usable_cores", lambda: 4)
     data = build_data(compose(DIGITS_TOKENIZER))
     parts = {"read": Cost(2.0, 0.1), "decode": Cost(6.0, 6.0), "views": Cost(2.0, 2.0)}
 

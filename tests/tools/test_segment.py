@@ -157,7 +157,8 @@ def test_images_of_the_same_name_are_refused_before_anything_is_written(run: Pat
     out = tmp_path / "out"
     given = picture(tmp_path / "a" / "x.png", 20, 20), picture(tmp_path / "b" / "x.jpg", 20, 20)
     with pytest.raises(
-        DataError, match=r"a/x\.png and .*b/x\.jpg would both become .*out/x\.overlay\.png: segment"
+        DataError,
+        match=r"a/x\.png and .*b/x\.jpg would both become .*out/x\.overlay\.png: let one of them go",
     ):
         tool(run, *given, "--out", out)
     picture(tmp_path / "x.overlay.png", 20, 20)
