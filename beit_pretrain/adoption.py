@@ -62,7 +62,10 @@ def _adopt_tuned(cfg: DictConfig, explicit: Mapping[str, str]) -> None:
     if cfg.mode == "evaluate":
         decided += ["model.rel_pos"]
         if cfg.stage.name == saved["stage"]["name"]:
-            decided += [f"stage.{name}" for name in HEAD[cfg.stage.name]]
+            # Which blocks a head looks at, files of other programs may leave open.
+            free = {"blocks"} if not saved["stage"].get("blocks_stated", True) else set()
+            free = {name for name in free if f"stage.{name}" in explicit}
+            decided += [f"stage.{name}" for name in HEAD[cfg.stage.name] if name not in free]
         _adopt_pixels(cfg, saved, explicit)
     elif saved["model"]["rel_pos"] == "none" and "model.rel_pos" not in explicit:
         cfg.model.rel_pos = "none"

@@ -270,7 +270,9 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     fault = the_fault(*DALLE, f"init_from={page}")
     assert fault.startswith(f"init_from={page}")
     files.write(tmp_path / "other.pth", {"model": {"w": torch.zeros(1)}})
-    assert "none that beit-train wrote" in the_fault(*DALLE, f"init_from={tmp_path / 'other.pth'}")
+    assert "is no vision transformer (w): give a file of a BEiT" in the_fault(
+        *DALLE, f"init_from={tmp_path / 'other.pth'}"
+    )
 
 
 def test_knn_needs_an_encoder(tokenizer: Path) -> None:

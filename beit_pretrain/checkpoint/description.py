@@ -143,7 +143,7 @@ def _stage_options(
             notes[-1] += f"; the published weights were trained with blocks {released}"
     else:
         blocks = RELEASED_BLOCKS.get(depth)
-    return {"blocks": blocks, "channels": channels}
+    return {"blocks": blocks, "blocks_stated": "blocks" in known, "channels": channels}
 
 
 def _grid(

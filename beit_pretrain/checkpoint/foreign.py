@@ -96,6 +96,9 @@ def as_ours(content: Mapping[str, Any], beside: Beside, *, given: str) -> dict[s
     if average is not None:
         twin, _, _ = convert(_unwrap(average)[1])
         ours |= {f"ema.module.{name}": value for name, value in twin.items()}
+    for name in [name for name in ours if name.endswith("running_mean")]:
+        # Files from before torch counted batches; nothing depends on it.
+        ours.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
     index = next((value for name, value in state.items() if name.endswith(INDEX)), None)
     about, notes = describe(ours, index, beside, given=given)
     about["foreign"] = {

@@ -69,38 +69,6 @@ def replay(file: Path) -> None:
 
 
 @app.command()
-def segment(
-    checkpoint: Annotated[Path, typer.Argument(help="a run folder or checkpoint of stage=segment")],
-    images: Annotated[list[Path], typer.Argument(help="files, or folders of images")],
-    out: Annotated[Path, typer.Option(help="the folder to write to")] = Path("segments"),
-    multi_scale: Annotated[
-        bool,
-        typer.Option("--multi-scale", help="mean over six sizes, each mirrored too: slower, a little better"),
-    ] = False,
-    whole: Annotated[bool, typer.Option("--whole", help="the whole image at once, without windows")] = False,
-    alpha: Annotated[float, typer.Option(help="weight of the colours", min=0.0, max=1.0)] = 0.5,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps")] = "auto",
-) -> None:
-    """The class of each pixel: beit-tools segment runs/segment photo.jpg folder/ --out segments
-
-    Writes NAME.overlay.png, to look at, and NAME.labels.png, with the numbers of the data set's files.
-    """
-    from beit_pretrain.tools.segment import segment as run_on
-
-    raise typer.Exit(
-        run_on(
-            checkpoint,
-            images,
-            out=out.expanduser(),
-            multi_scale=multi_scale,
-            whole=whole,
-            alpha=alpha,
-            device=device,
-        )
-    )
-
-
-@app.command()
 def sweep(
     overrides: Overrides = None,
     workers: Annotated[int, typer.Option(help="trials at a time, or jobs with --slurm", min=1)] = 1,

@@ -23,7 +23,7 @@ Colours = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    for command in (convert, show, predict, embed, reconstruct, attention, export):
+    for command in (convert, show, predict, segment, embed, reconstruct, attention, export):
         app.command()(command)
 
 
@@ -77,6 +77,43 @@ def predict(
             out=None if out is None else out.expanduser(),
             options=_options(weights, image_size, mean, std),
             batch_size=batch_size,
+            device=device,
+        )
+    )
+
+
+def segment(
+    checkpoint: Model,
+    images: Images,
+    out: Annotated[Path, typer.Option(help="the folder to write to")] = Path("segments"),
+    multi_scale: Annotated[
+        bool,
+        typer.Option("--multi-scale", help="mean over six sizes, each mirrored too: slower, a little better"),
+    ] = False,
+    whole: Annotated[bool, typer.Option("--whole", help="the whole image at once, without windows")] = False,
+    alpha: Annotated[float, typer.Option(help="weight of the colours", min=0.0, max=1.0)] = 0.5,
+    blocks: Annotated[
+        str | None, typer.Option(help="four blocks, counted from 0, in place of those that the file names")
+    ] = None,
+    mean: Colours = None,
+    std: Colours = None,
+    device: Device = "auto",
+) -> None:
+    """The class of each pixel: beit-tools segment runs/segment photo.jpg folder/ --out segments
+
+    Writes NAME.overlay.png, to look at, and NAME.labels.png, with the numbers of the data set's files.
+    """
+    from beit_pretrain.tools.segment import segment as run_on
+
+    raise typer.Exit(
+        run_on(
+            checkpoint,
+            images,
+            out=out.expanduser(),
+            multi_scale=multi_scale,
+            whole=whole,
+            alpha=alpha,
+            options={**_options("raw", None, mean, std), "blocks": _whole_numbers("--blocks", blocks)},
             device=device,
         )
     )
@@ -208,13 +245,20 @@ def numbers(text: str | None) -> list[float] | None:
 
 def _options(weights: str, image_size: str | None, mean: str | None, std: str | None) -> dict[str, Any]:
     """What `load` takes beside the path."""
-    size = numbers(image_size)
-    if size is not None and (len(size) > 2 or any(side < 1 or side % 1 for side in size)):
+    size = _whole_numbers("--image-size", image_size)
+    if size is not None and (len(size) > 2 or min(size) < 1):
         raise typer.BadParameter(f"--image-size {image_size}: give pixels, such as 384 or [480,640]")
     return {
         "weights": weights,
-        "image_size": None if size is None else [int(side) for side in (size * 2)[:2]],
+        "image_size": None if size is None else (size * 2)[:2],
         "mean": numbers(mean),
         "std": numbers(std),
         "key": "CHECKPOINT",
     }
+
+
+def _whole_numbers(option: str, text: str | None) -> list[int] | None:
+    given = numbers(text)
+    if given is not None and any(value % 1 for value in given):
+        raise typer.BadParameter(f"{option} {text}: give whole numbers")
+    return None if given is None else [int(value) for value in given]

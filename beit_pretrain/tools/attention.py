@@ -148,9 +148,7 @@ def attention_sheet(
         cells.append((f"{name}: up to {_percent(shares.max())}, CLS {_percent(cls)}", shown))
     columns = min(len(cells), max(2, round((len(cells) * 1.5 * image.height / image.width) ** 0.5)))
     even = 1 / (1 + maps[0].size)
-    legend = _scale(
-        f"share of the attention; all tokens alike would be {_percent(even)}", columns * image.width
-    )
+    legend = _scale(f"largest of each map (even: {_percent(even)})", columns * image.width)
     return draw_cells(cells, title, columns=columns, below=legend)
 
 
@@ -190,7 +188,7 @@ def _scale(text: str, width: int) -> Image.Image:
     scale.paste(bar, (14, 8))
     draw = ImageDraw.Draw(scale)
     draw.text((0, 14), "0", FAINT, font, anchor="lm")
-    rest = fit_text(f"largest of each map ({text})", font, width - BAR - 22)
+    rest = fit_text(text, font, width - BAR - 22)
     draw.text((BAR + 22, 14), rest, FAINT, font, anchor="lm")
     return scale
 

@@ -88,6 +88,7 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     crop_pct: float | None = None,
+    blocks: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
     key: str = "path",
 ) -> Loaded:
@@ -96,6 +97,7 @@ def load(
     weights: `raw`, or `ema`, the running average that fine-tuning can keep.
     image_size: another one than it was trained with; position tables are resized.
     mean, std, crop_pct: in place of what the checkpoint says.
+    blocks: of a segmentation, the four that its head looks at, counted from 0, in place of those that it names.
     key: what the messages call the path.
     Raises CheckpointError if there is no such model, ConfigError if a size does not fit.
     """
@@ -110,11 +112,11 @@ def load(
     state = part_weights(saved, ("encoder", "head"), weights)
     size = pair(config["image_size"]) if image_size is None else pair(image_size)
     labels = about["preprocessing"].get("class_names")
-    model = _empty(config, state, size)
-    fitting, _ = adapt(
-        state, model.state_dict(), source=Layout(grid=grid_of(config)), target=Layout(grid=model.encoder.grid)
-    )
-    load_strictly(model, fitting, f"{key}={path}")
+    model = _empty(config, state, size, blocks)
+    if list(size) != list(pair(config["image_size"])):
+        source, target = Layout(grid=grid_of(config)), Layout(grid=model.encoder.grid)
+        state, _ = adapt(state, model.state_dict(), source=source, target=target)
+    load_strictly(model, state, f"{key}={path}")
     normalize = config["data"]["normalize"]
     return Loaded(
         model=model.eval().requires_grad_(False).to(device),
@@ -145,7 +147,9 @@ def pixels_of(picture: Picture) -> Tensor:
     return pixels
 
 
-def _empty(config: dict[str, Any], state: dict[str, Tensor], size: Sequence[int]) -> Model:
+def _empty(
+    config: dict[str, Any], state: dict[str, Tensor], size: Sequence[int], blocks: Sequence[int] | None
+) -> Model:
     """The model of a configuration without its weights; how many classes or ids there are is in the weights."""
     node, stage = dict(config["model"]), config["stage"]
     encoder: Beit = make(DictConfig(node), drop=("name", "image_size"), image_size=(size[0], size[1]))
@@ -160,7 +164,10 @@ def _empty(config: dict[str, Any], state: dict[str, Tensor], size: Sequence[int]
     channels, *_ = state["head.decode_head.bottleneck.bn.weight"].shape
     classes = len(state["head.decode_head.conv_seg.weight"])
     head = SegmentationHead(width=encoder.width, channels=channels, classes=classes)
-    return Segmenter(encoder, head, stage["blocks"] or default_blocks(encoder.depth))
+    looked_at = list(blocks or stage["blocks"] or default_blocks(encoder.depth))
+    if len(looked_at) != 4 or not all(0 <= block < encoder.depth for block in looked_at):
+        raise ConfigError(f"blocks={bracket(looked_at)}: give four numbers from 0 to {encoder.depth - 1}")
+    return Segmenter(encoder, head, looked_at)
 
 
 def _three(

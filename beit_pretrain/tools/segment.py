@@ -6,20 +6,20 @@ import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
 from torch import Tensor
 
-from beit_pretrain.build import build_stage
-from beit_pretrain.checkpoint import files, record
+from beit_pretrain.build import make
+from beit_pretrain.checkpoint import files
 from beit_pretrain.dense import Sliding
 from beit_pretrain.errors import CheckpointError, DataError
 from beit_pretrain.label_maps import label_png, overlay
-from beit_pretrain.origins import load_strictly
-from beit_pretrain.stages.segment import Segment
+from beit_pretrain.models.whole import Segmenter
 from beit_pretrain.tools.images import count, device_of, list_unreadable, outputs, read_image
+from beit_pretrain.tools.load import Loaded, load
 
 KEY = "CHECKPOINT"
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --multi-scale: those of the published scores
@@ -28,26 +28,39 @@ NAMED = 3  # classes in an image's line
 
 
 def segment(
-    checkpoint: Path,
+    checkpoint: str,
     images: Sequence[Path],
     *,
     out: Path,
     multi_scale: bool,
     whole: bool,
     alpha: float,
+    options: dict[str, Any],
     device: str,
 ) -> int:
     """Write the overlay and the label map of each image below `out`; 1 if an image could not be read, else 0.
 
-    Raises BeitError if the checkpoint, the device or the images as a whole cannot be used, before anything is
-    written, and if a file cannot be written.
+    `options` are those of `load`. Raises BeitError if the checkpoint, the device or the images as a whole cannot be
+    used, before anything is written, and if a file cannot be written.
     """
     where = device_of(device)
     todo = outputs(images, out, ENDINGS)
-    stage, shift = _load(checkpoint)
-    stage.to(where)
-    stage.sliding = _sliding(stage.sliding, multi_scale=multi_scale, whole=whole)
-    print(f"{count(len(todo))}; {stage.sliding.describe()}", flush=True)
+    loaded = load(checkpoint, device=where, **options)
+    model = loaded.model
+    if not isinstance(model, Segmenter):
+        raise CheckpointError(
+            f"{KEY}={checkpoint} is of stage={loaded.stage}, which gives no class to a pixel: give a run of "
+            "stage=segment"
+        )
+    names = loaded.labels or [str(i) for i in range(model.head.decode_head.conv_seg.out_channels)]
+    # Whether the classes of its data set's files begin at 1 (0 is none).
+    shift = bool(loaded.about["preprocessing"].get("reduce_zero_label"))
+    sliding = _sliding(loaded, multi_scale=multi_scale, whole=whole)
+    print(f"{count(len(todo))}; {sliding.describe()}", flush=True)
+
+    def scores(pixels: Tensor) -> Tensor:
+        return model(loaded.preprocess.normalize(pixels)).float()
+
     unreadable = []
     for target, path in todo.items():
         try:
@@ -56,35 +69,22 @@ def segment(
             unreadable.append(str(error))
             continue
         began = time.monotonic()
-        label_map = stage.predict(image.to(where)).cpu().numpy()
+        label_map = sliding.predict(scores, image.to(where)).cpu().numpy()
         seconds = time.monotonic() - began
-        _write(target, image, label_map, stage.classes, alpha=alpha, shift=shift)
+        _write(target, image, label_map, names, alpha=alpha, shift=shift)
         height, width = label_map.shape
-        print(
-            f"{path}: {height} x {width}, {seconds:.1f} s; {_largest(label_map, stage.classes)}", flush=True
-        )
+        print(f"{path}: {height} x {width}, {seconds:.1f} s; {_largest(label_map, names)}", flush=True)
     print(f"{count(len(todo) - len(unreadable))} segmented, written to {out}")
     return list_unreadable(unreadable)
 
 
-def _load(path: Path) -> tuple[Segment, bool]:
-    """The trained stage, and whether the classes of its data set's files begin at 1 (0 is none)."""
-    saved = record.read(path, key=KEY)
-    about = saved["beit_pretrain"]
-    cfg = DictConfig(about["config"])
-    if cfg.stage.name != "segment":
-        raise CheckpointError(
-            f"{KEY}={path} is of stage={cfg.stage.name}, which gives no class to a pixel: give a run of stage=segment"
-        )
-    cfg.stage.compile = False  # it would take longer than a few images
-    stage = cast(Segment, build_stage(cfg, about["preprocessing"]["class_names"]))
-    for part in ("encoder", "head"):
-        load_strictly(getattr(stage, part), record.part(saved, part, key=KEY), f"{KEY}={path}")
-    return stage.eval(), about["preprocessing"]["reduce_zero_label"]
-
-
-def _sliding(trained: Sliding, *, multi_scale: bool, whole: bool) -> Sliding:
-    """The prediction as the run has it, but for what is asked for here."""
+def _sliding(loaded: Loaded, *, multi_scale: bool, whole: bool) -> Sliding:
+    """The prediction as the run has it, but for what is asked for here; of other programs with windows of its size."""
+    node = loaded.about["config"]["stage"].get("predict")
+    if node is None:
+        trained = Sliding(crop=loaded.preprocess.image_size, patch_size=loaded.encoder.patch_size)
+    else:
+        trained = make(DictConfig(node))
     one_window = whole or trained.mode == "whole"
     return Sliding(
         crop=trained.crop,

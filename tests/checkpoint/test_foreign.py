@@ -341,3 +341,14 @@ def test_a_segmentation_of_others_is_used_like_ours(tmp_path: Path) -> None:
     assert torch.equal(theirs.model(image), ours.model(image)) and theirs.labels == ours.labels
     assert files.weight_hash(theirs.model.state_dict()) == files.weight_hash(ours.model.state_dict())
     assert any(name.endswith(TABLE) for name in theirs.model.state_dict())
+
+
+def test_blocks_that_a_file_leaves_open_can_be_set_for_an_evaluation(tmp_path: Path) -> None:
+    model = segmenter({**SQUARE, "depth": 12})
+    folder = hugging_face(tmp_path / "hf", model, image_size=16, out_indices=[3, 5, 7, 11])
+    asked = ["stage=segment", "data=image_masks", "data.root=scenes", "mode=evaluate", f"init_from={folder}"]
+    assert list(compose(asked).stage.blocks) == [1, 3, 5, 9]
+    assert list(compose([*asked, "stage.blocks=[3,5,7,11]"]).stage.blocks) == [3, 5, 7, 11]
+    ours = save_segmenter(tmp_path / "run", "model.depth=4", "stage.blocks=[0,1,2,3]")
+    with pytest.raises(BeitError, match=r"leave stage\.blocks out"):
+        compose([*asked[:-1], f"init_from={ours}", "stage.blocks=[1,1,2,3]"])

@@ -16,8 +16,8 @@ from torch import Tensor
 from beit_pretrain.checkpoint import formats
 from beit_pretrain.models.whole import Classifier, MaskedImageModel
 
-BASE = dict(image_size=(224, 320), patch_size=16, width=768, depth=12, heads=12)
-LARGE = dict(image_size=(224, 224), patch_size=16, width=1024, depth=24, heads=16)
+BASE = dict(patch_size=16, width=768, depth=12, heads=12)
+LARGE = dict(patch_size=16, width=1024, depth=24, heads=16)
 
 KINDS = {
     "pretrain": lambda size: masked(size),
@@ -54,8 +54,11 @@ def _bits(value: Tensor) -> Tensor:
     "size",
     [
         pytest.param(SMALL, id="small"),
-        pytest.param(BASE, id="base", marks=pytest.mark.slow),
-        pytest.param(LARGE, id="large", marks=pytest.mark.slow),
+        *(
+            pytest.param({**size, "image_size": pixels}, id=f"{name}-{pixels[1]}", marks=pytest.mark.slow)
+            for name, size in {"base": BASE, "large": LARGE}.items()
+            for pixels in ((224, 224), (224, 320))
+        ),
     ],
 )
 def test_there_and_back_every_bit_is_the_same(kind: str, size: dict[str, Any]) -> None:

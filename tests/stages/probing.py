@@ -113,7 +113,7 @@ def probe(folder: Path, **options: Any) -> Probe:
     body = options.pop("encoder", None) or encoder()
     torch.manual_seed(1)
     stage = Probe(encoder=body, **{**defaults, **options})
-    stage.record = {"preprocessing": {"class_names": list(stage.classes)}}
+    stage.record = {"preprocessing": {"class_names": list(stage.classes)}, "lineage": {"parents": {}}}
     return stage
 
 

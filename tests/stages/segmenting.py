@@ -87,7 +87,7 @@ def segment(folder: Path = Path("."), *, shape: dict[str, Any] | None = None, **
     for module in stage.modules():
         if isinstance(module, nn.Dropout2d):
             module.p = 0.0
-    stage.record = {"preprocessing": {"class_names": list(stage.classes)}}
+    stage.record = {"preprocessing": {"class_names": list(stage.classes)}, "lineage": {"parents": {}}}
     return stage
 
 

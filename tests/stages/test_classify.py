@@ -55,7 +55,7 @@ def classify(folder: Path = Path("."), size: tuple[int, int] = (12, 8), **option
         image_size=size, patch_size=4, width=24, depth=2, heads=2, rel_pos="per_layer", mask_token=False
     )
     stage = Classify(encoder=encoder, **{**defaults, **options})
-    stage.record = {"preprocessing": {"class_names": list(stage.classes)}}
+    stage.record = {"preprocessing": {"class_names": list(stage.classes)}, "lineage": {"parents": {}}}
     return stage
 
 

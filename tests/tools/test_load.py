@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -126,8 +124,13 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:
     strengthen(found.model)  # frozen, but for whoever wants to go on
 
 
-def test_the_package_imports_torch_only_when_asked() -> None:
-    code = "import sys, beit_pretrain as b; assert 'torch' not in sys.modules; b.load; assert 'torch' in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_the_package_offers_no_more_than_it_has() -> None:
+    assert "load" in beit_pretrain.__all__
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         beit_pretrain.lode  # pyright: ignore # noqa: B018
+
+
+@pytest.mark.parametrize("blocks", [[0, 1, 2], [0, 1, 2, 4]])
+def test_blocks_that_are_not_there_are_refused(blocks: list[int], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"blocks=\[0,1,2.*: give four numbers from 0 to 3"):
+        beit_pretrain.load(save_segmenter(tmp_path / "run", "model.depth=4"), blocks=blocks)

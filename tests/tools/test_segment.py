@@ -8,17 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from classifiers import save_classifier
 from PIL import Image
 
 from beit_pretrain.build import build_stage
-from beit_pretrain.checkpoint import files, record
+from beit_pretrain.checkpoint import files, formats, record
 from beit_pretrain.compose import compose
 from beit_pretrain.data.decode import decode
 from beit_pretrain.dense import Sliding
-from beit_pretrain.errors import BeitError, CheckpointError, DataError
+from beit_pretrain.errors import BeitError, CheckpointError, ConfigError, DataError
 from beit_pretrain.folder import plain
 from beit_pretrain.label_maps import overlay, palette
+from beit_pretrain.models.rel_pos import relative_position_index
 from beit_pretrain.tools.app import app
+from beit_pretrain.tools.load import load
 
 NAMES = ["sky", "ground", "disc", "net", "pole"]
 SMALL = [
@@ -190,16 +193,39 @@ def test_a_checkpoint_of_something_else_is_said_in_one_line(tmp_path: Path, stag
     config = plain(compose(["stage=tokenizer", "data=digits"]))
     other = {"state_dict": {}, "beit_pretrain": record.make_record(config, {}, {})}
     files.write(tmp_path / "tok.ckpt", other)
-    with pytest.raises(
-        CheckpointError, match=r"tok\.ckpt is of stage=tokenizer, .*: give a run of stage=segment$"
-    ):
+    with pytest.raises(CheckpointError, match=r"tok\.ckpt is of stage=tokenizer, .*: give a run of stage="):
         tool(tmp_path / "tok.ckpt", path)
+    with pytest.raises(
+        CheckpointError, match=r"c is of stage=classify, which gives no class.*: give a run of stage=segment$"
+    ):
+        tool(save_classifier(tmp_path / "c"), path)
     with pytest.raises(CheckpointError, match=r"CHECKPOINT=.*gone: there is no such file or folder"):
         tool(tmp_path / "gone", path)
     damaged = save(tmp_path / "damaged", stage, without="encoder.cls_token")
-    with pytest.raises(CheckpointError, match=r"CHECKPOINT=.*the weights do not fit: cls_token is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"CHECKPOINT=.*the weights do not fit: encoder\.cls_token is missing"
+    ):
         tool(damaged, path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_the_authors_is_segmented_like_the_run_it_came_from(
+    run: Path, tmp_path: Path, stage: Any
+) -> None:
+    path = picture(tmp_path / "x.png", 50, 41)
+    state = formats.to_original(load(run).model.state_dict())
+    index = relative_position_index(stage.encoder.grid)
+    state["backbone.blocks.0.attn.relative_position_index"] = index
+    state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    torch.save({"state_dict": state, "meta": {"CLASSES": NAMES}}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match="does not say how its images were normalised"):
+        tool(tmp_path / "w.pth", path, "--out", tmp_path / "b")
+    scale = ["--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5"]
+    blocks = ",".join(str(block) for block in stage.blocks)
+    assert tool(run, path, "--out", tmp_path / "a") == 0
+    assert tool(tmp_path / "w.pth", path, "--out", tmp_path / "b", "--blocks", blocks, *scale) == 0
+    shifted = numbers(tmp_path / "a" / "x.labels.png")  # the run's files count classes from 1
+    assert np.array_equal(numbers(tmp_path / "b" / "x.labels.png") + 1, shifted)
 
 
 def test_a_device_that_is_not_there_is_said(
