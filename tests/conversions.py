@@ -45,6 +45,15 @@ def converted(source: Path, out: Path, to: str, **options: Any) -> str:
     return convert(str(source), out, to=to, **{"weights": "raw", "mean": None, "std": None, **options})
 
 
+def converted_once(name: str, folder: Path, to: str) -> Path:
+    """What one of MODELS became in a format, made once below `folder`."""
+    source = saved(name, folder)
+    out = folder / to / source.name
+    if not out.exists():
+        converted(source, out, to)
+    return out
+
+
 def snippet(folder: Path) -> str:
     """The code of a model card, for this folder."""
     found = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)

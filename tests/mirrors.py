@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from web import listening
 
 
 @dataclass
@@ -71,13 +72,5 @@ def _handler(mirror: Mirror) -> type[BaseHTTPRequestHandler]:
 @contextlib.contextmanager
 def serving(mirror: Mirror) -> Iterator[Mirror]:
     """Serve until the block ends."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(mirror))
-    mirror.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with listening(_handler(mirror)) as mirror.port:
         yield mirror
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

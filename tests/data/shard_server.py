@@ -6,8 +6,10 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Literal
+
+from web import listening
 
 Mood = Literal[
     "silent", "stops", "cut", "drips", "refuses"
@@ -65,15 +67,8 @@ def _handler(server: ShardServer) -> type[BaseHTTPRequestHandler]:
 @contextlib.contextmanager
 def serving(server: ShardServer) -> Iterator[ShardServer]:
     """Serve until the block ends."""
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
-    listener.handle_error = lambda request, address: None  # whoever asked has hung up
-    server.port = listener.server_address[1]
-    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.end.set()
-        listener.shutdown()
-        listener.server_close()
-        thread.join()
+    with listening(_handler(server)) as server.port:
+        try:
+            yield server
+        finally:
+            server.end.set()

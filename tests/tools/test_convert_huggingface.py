@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from classifiers import save_classifier
-from conversions import MODELS, SEGMENT, TABLES, converted, photograph, saved, snippet
+from conversions import MODELS, SEGMENT, TABLES, converted, converted_once, photograph, saved, snippet
 from PIL import Image
 from segmenters import save_segmenter
 from torch import Tensor
@@ -35,16 +35,12 @@ AUTO: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folders, and what they became in `hf/`."""
+    """Run folders, and what they became."""
     return tmp_path_factory.mktemp("runs")
 
 
 def folder_of(name: str, made: Path) -> Path:
-    source = saved(name, made)
-    out = made / "hf" / source.name
-    if not out.exists():
-        converted(source, out, "huggingface")
-    return out
+    return converted_once(name, made, "huggingface")
 
 
 def both(ours: Loaded, folder: Path, images: int = 2) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import safetensors.torch
 import timm
 import torch
 from classifiers import save_classifier
-from conversions import TABLES, converted, photograph, saved, snippet
+from conversions import TABLES, converted, converted_once, photograph, saved, snippet
 from pretrained import save_pretrained
 from torch import Tensor, nn
 from whole_models import whole_run
@@ -25,16 +25,12 @@ SQUARE = ["classify", "classify, cls", "classify, absolute positions"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folders, and what they became in `timm/`."""
+    """Run folders, and what they became."""
     return tmp_path_factory.mktemp("runs")
 
 
 def folder_of(name: str, made: Path) -> Path:
-    source = saved(name, made)
-    out = made / "timm" / source.name
-    if not out.exists():
-        converted(source, out, "timm")
-    return out
+    return converted_once(name, made, "timm")
 
 
 def pretrained(folder: Path) -> nn.Module:

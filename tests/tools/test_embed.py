@@ -20,13 +20,14 @@ from oracles import difference, hugging_face_twin
 from PIL import Image
 from pretrained import save_pretrained
 from segmenters import save_segmenter
+from tools.interrupting import interrupt
 
 from beit_pretrain.checkpoint import files
 from beit_pretrain.errors import BeitError, CheckpointError, ConfigError, DataError
 from beit_pretrain.tools import embeddings
 from beit_pretrain.tools.app import app
 from beit_pretrain.tools.embed import POOLINGS, embed
-from beit_pretrain.tools.load import Preprocess, load
+from beit_pretrain.tools.load import load
 
 
 @pytest.fixture(scope="module")
@@ -211,15 +212,7 @@ def test_nothing_half_written_stays(
     out.write_text("of before")
     assert direct(run, [tmp_path / "gone.png"], out) == 1  # nothing to write
     assert out.read_text() == "of before"
-    real, done = Preprocess.normalize, []
-
-    def interrupted(self: Preprocess, pixels: torch.Tensor) -> torch.Tensor:
-        done.append(len(list(out.parent.iterdir())))
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        return real(self, pixels)
-
-    monkeypatch.setattr(Preprocess, "normalize", interrupted)
+    done = interrupt(monkeypatch, out.parent)
     with pytest.raises(KeyboardInterrupt):
         direct(run, pictures, out, batch_size=1)
     assert done == [1, 2, 2] and out.read_text() == "of before" and list(out.parent.iterdir()) == [out]

@@ -15,6 +15,7 @@ from PIL import Image
 from pretrained import save_pretrained
 from rich.cells import cell_len
 from segmenters import save_segmenter
+from tools.interrupting import interrupt
 
 from beit_pretrain.checkpoint import files
 from beit_pretrain.errors import BeitError, CheckpointError, ConfigError, DataError
@@ -22,7 +23,7 @@ from beit_pretrain.tools import images
 from beit_pretrain.tools.app import app
 from beit_pretrain.tools.convert import convert
 from beit_pretrain.tools.images import batches, read_image
-from beit_pretrain.tools.load import Preprocess, load
+from beit_pretrain.tools.load import load
 from beit_pretrain.tools.predict import predict
 
 NAMES = ["tench, Tinca tinca", "goldfish", "great white shark, white shark, man-eater", "zwölf", "虎斑猫"]
@@ -250,15 +251,7 @@ def test_a_failure_on_the_way_leaves_the_table_of_before(
     out = tmp_path / "results" / "x.csv"
     assert direct(run, given[:1], out=out) == 0
     before = out.read_bytes()
-    real, done = Preprocess.normalize, []
-
-    def interrupted(self: Preprocess, pixels: torch.Tensor) -> torch.Tensor:
-        done.append(len(list(out.parent.iterdir())))
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        return real(self, pixels)
-
-    monkeypatch.setattr(Preprocess, "normalize", interrupted)
+    done = interrupt(monkeypatch, out.parent)
     with pytest.raises(KeyboardInterrupt):
         direct(run, given, out=out, batch_size=1)
     assert done == [1, 2, 2]  # the unfinished one lay beside it
