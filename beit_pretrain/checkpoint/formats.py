@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ HEADS: dict[Stage, Sequence[tuple[str, str, str]]] = {
         ("head.", "head.", "classifier."),
     ),
     "segment": (
-        ("neck.", "backbone.", ""),
+        ("neck.fpn", "backbone.fpn", "fpn"),
         ("decode_head.conv_seg.", "decode_head.conv_seg.", "decode_head.classifier."),
         ("decode_head.", "decode_head.", "decode_head."),
         ("auxiliary_head.conv_seg.", "auxiliary_head.conv_seg.", "auxiliary_head.classifier."),
@@ -101,6 +101,14 @@ NEWER: Renames = (
 WITHOUT_PLACE = re.compile(rf".*{INDEX}|cls_pt_(layers|norm|lm_head)\..*")
 
 
+class Placed(NamedTuple):
+    """A file's weights under our names, and the names of those that have no place here or are in no table."""
+
+    state: dict[str, Tensor]
+    left_out: list[str]
+    unknown: list[str]
+
+
 def stage_of(state: State) -> Stage:
     """What a state of ours is of, by its head."""
     last: dict[Stage, str] = {"pretrain": "lm_head", "segment": "decode_head.conv_seg", "classify": "head"}
@@ -122,8 +130,8 @@ def to_original(state: State) -> dict[str, Tensor]:
     )
 
 
-def from_original(state: State) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """A state with the authors' names, or timm's, under ours; what has no place here; what is unknown.
+def from_original(state: State) -> Placed:
+    """A state with the authors' names, or timm's, under ours.
 
     A bias of query, key and value in one is taken apart. The key's part is left out: it adds the same to all logits of
     a query, which a softmax does not see.
@@ -131,12 +139,9 @@ def from_original(state: State) -> tuple[dict[str, Tensor], list[str], list[str]
     state = _split_biases(state)
     stage = _stage(state, lm_head="lm_head.weight", classifier="head.weight")
     prefix = "backbone." if stage == "segment" else ""
-    names = [(theirs, f"head.{ours}") for ours, theirs, _ in HEADS[stage]]
-    names = [(theirs, ours) for theirs, ours in names if theirs != "backbone."]
-    names += [("backbone.fpn", "head.neck.fpn")] if stage == "segment" else []
-    known = (*(ours for ours, _ in ENCODER), QKV)
-    names += [(f"{prefix}{name}", f"encoder.{name}") for name in known]
-    return _placed(state, names, loose=r"(backbone\.)?(fc_)?norm\..*")
+    heads = [(theirs, f"head.{ours}") for ours, theirs, _ in HEADS[stage]]
+    encoder = [(f"{prefix}{name}", f"encoder.{name}") for name in (*(ours for ours, _ in ENCODER), QKV)]
+    return _placed(state, [*heads, *encoder], loose=r"(backbone\.)?(fc_)?norm\..*")
 
 
 def _split_biases(state: State) -> dict[str, Tensor]:
@@ -175,8 +180,8 @@ def to_hugging_face(state: State) -> dict[str, Tensor]:
     return _renamed(_split(state), [*encoder, *heads])
 
 
-def from_hugging_face(state: State) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """A state with the names of Transformers 4 or 5 under ours; what has no place here; what is unknown.
+def from_hugging_face(state: State) -> Placed:
+    """A state with the names of Transformers 4 or 5 under ours.
 
     The bare encoder of a BeitModel, whose names lack `beit.`, is one too.
     """
@@ -185,12 +190,10 @@ def from_hugging_face(state: State) -> tuple[dict[str, Tensor], list[str], list[
     older = [_compiled(before, after) for before, after in NEWER]
     state = {_rename(name, older) or name: value for name, value in state.items()}
     stage = _stage(state, lm_head="lm_head.weight", classifier="classifier.weight")
-    heads = [
-        (theirs or "fpn", f"head.{ours}" + ("" if theirs else "fpn")) for ours, _, theirs in HEADS[stage]
-    ]
+    heads = [(theirs, f"head.{ours}") for ours, _, theirs in HEADS[stage]]
     encoder = [(f"beit.{theirs}", f"encoder.{ours}") for ours, theirs in ENCODER]
-    placed, left, unknown = _placed(state, [*heads, *encoder], loose=r"beit\.(pooler\.)?layernorm\..*")
-    return _joined(placed), left, unknown
+    found = _placed(state, [*heads, *encoder], loose=r"beit\.(pooler\.)?layernorm\..*")
+    return found._replace(state=_joined(found.state))
 
 
 def _split(state: State) -> dict[str, Tensor]:
@@ -250,11 +253,8 @@ def _renamed(state: State, renames: Renames) -> dict[str, Tensor]:
     return result
 
 
-def _placed(state: State, renames: Renames, loose: str) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Renamed weights, and the names of those without a place here and of those that no table knows.
-
-    `loose` are final norms, which have no place where no head of ours looks through them.
-    """
+def _placed(state: State, renames: Renames, loose: str) -> Placed:
+    """`loose` are final norms, which have no place where no head of ours looks through them."""
     table = [_compiled(before, after) for before, after in renames]
     placed: dict[str, Tensor] = {}
     left, unknown = [], []
@@ -266,4 +266,4 @@ def _placed(state: State, renames: Renames, loose: str) -> tuple[dict[str, Tenso
             left.append(name)
         else:
             unknown.append(name)
-    return placed, left, unknown
+    return Placed(placed, left, unknown)
