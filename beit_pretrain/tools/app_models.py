@@ -254,6 +254,7 @@ def _options(weights: str, image_size: str | None, mean: str | None, std: str | 
         "mean": numbers(mean),
         "std": numbers(std),
         "key": "CHECKPOINT",
+        "tell": lambda note: typer.echo(f"note: {note}", err=True),
     }
 
 

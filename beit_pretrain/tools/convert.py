@@ -69,7 +69,8 @@ def convert(
         raise CheckpointError(f"--to {to} is unknown: set {either(list(TARGETS))}")
     target = TARGETS[to]
     with _new_folder(out) as folder:
-        loaded = load(source, weights=weights, mean=mean, std=std, key=KEY)
+        notes: list[str] = []
+        loaded = load(source, weights=weights, mean=mean, std=std, key=KEY, tell=notes.append)
         if loaded.stage == "encoder" and target.card is not None:
             raise CheckpointError(f"{KEY}={source} is an encoder without a head: set --to original")
         state = loaded.model.state_dict()
@@ -91,7 +92,7 @@ def convert(
         comparison.line(),
         "read again, every weight is bit-equal",
     ]
-    return "\n".join([*lines, *remarks])
+    return "\n".join([*lines, *remarks, *notes])
 
 
 def _mark(source: str, loaded: Loaded) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,7 @@ def load(
     blocks: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
     key: str = "path",
+    tell: Callable[[str], None] | None = None,
 ) -> Loaded:
     """The model of a run folder or a checkpoint, of ours or of any published format (docs/weights.md).
 
@@ -99,11 +100,14 @@ def load(
     mean, std, crop_pct: in place of what the checkpoint says.
     blocks: of a segmentation, the four that its head looks at, counted from 0, in place of those that it names.
     key: what the messages call the path.
+    tell: is called with each line that one should know of a file of another program.
     Raises CheckpointError if there is no such model, ConfigError if a size does not fit.
     """
     saved = record.read(path, key=key)
     about = saved["beit_pretrain"]
     config = about["config"]
+    for note in about.get("foreign", {}).get("notes", ()) if tell is not None else ():
+        tell(note)
     stage = config["stage"]["name"]
     if stage not in (*STAGES, "encoder"):
         raise CheckpointError(

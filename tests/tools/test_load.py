@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bare_models import SMALL, masked
 from classifiers import save_classifier
 from oracles import strengthen
 from PIL import Image
@@ -122,6 +123,16 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"std=\[0\.5\]: give three numbers"):
         beit_pretrain.load(tmp_path / "w.pth", mean=[0.5] * 3, std=[0.5])
     strengthen(found.model)  # frozen, but for whoever wants to go on
+
+
+def test_what_one_should_know_of_a_file_of_others_is_told(tmp_path: Path) -> None:
+    said: list[str] = []
+    beit_pretrain.load(save_classifier(tmp_path / "run"), tell=said.append)
+    assert not said
+    model = masked({**SMALL, "image_size": (16, 16)}, rel_pos="none", abs_pos=True)
+    torch.save(formats.to_original(model.state_dict()), tmp_path / "w.pth")
+    beit_pretrain.load(tmp_path / "w.pth", mean=[0.5] * 3, std=[0.5] * 3, tell=said.append)
+    assert said == ["the file does not say how many heads it has: 1, each 64 wide, is taken"]
 
 
 def test_the_package_offers_no_more_than_it_has() -> None:
