@@ -65,6 +65,7 @@ def test_fine_tuning_killed_three_times_ends_bit_identical(pretrain_run: Path, t
     _compare([*FINETUNE, f"init_from={pretrain_run}", "stage.epochs=3"], tmp_path, kills=3, seed=4)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_killed_three_times_ends_bit_identical(tmp_path: Path) -> None:
     _compare([*SMALL_TOKENIZER, "stage.epochs=5", "data.workers=0"], tmp_path, kills=3, seed=2)
 
