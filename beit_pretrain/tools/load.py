@@ -106,8 +106,9 @@ def load(
     saved = record.read(path, key=key)
     about = saved["beit_pretrain"]
     config = about["config"]
-    for note in about.get("foreign", {}).get("notes", ()) if tell is not None else ():
-        tell(note)
+    if tell is not None:
+        for note in about.get("foreign", {}).get("notes", ()):
+            tell(note)
     stage = config["stage"]["name"]
     if stage not in (*STAGES, "encoder"):
         raise CheckpointError(
