@@ -39,6 +39,13 @@ def read(run_dir: Path) -> list[dict[str, str]]:
     return [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values()]
 
 
+def requeue_unsaid(run_dir: Path) -> bool:
+    """Whether this job went back into the queue and Slurm ended its last life before that could say so."""
+    rows = read(run_dir)
+    last = rows[-1] if rows else {"event": ""}
+    return last["event"] == "signal" and last["job"] == job_id() and int(last["restart"]) < restarts()
+
+
 def starts_in_vain(run_dir: Path, step: int) -> int:
     """Starts of this Slurm job in a row that began after `step` and did not get beyond it; 0 outside of Slurm."""
     job = job_id()

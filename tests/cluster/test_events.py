@@ -44,3 +44,22 @@ def test_starts_in_vain_are_those_of_this_job_at_this_step(
     assert events.starts_in_vain(tmp_path, 5) == 0, "a new job begins anew"
     monkeypatch.delenv("SLURM_JOB_ID")
     assert events.starts_in_vain(tmp_path, 5) == 0
+
+
+def test_a_requeue_that_a_killed_process_could_not_say_is_seen_by_the_next_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    assert not events.requeue_unsaid(tmp_path)
+    events.record(tmp_path, "start", step=0, ranks=4)
+    events.record(tmp_path, "signal", step=9, ranks=4, detail="USR1")
+    assert not events.requeue_unsaid(tmp_path), "it has not been started again"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert events.requeue_unsaid(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert not events.requeue_unsaid(tmp_path), "another job, started by hand"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    events.record(tmp_path, "requeue", step=9, ranks=4)
+    assert not events.requeue_unsaid(tmp_path), "it was said"
