@@ -30,7 +30,8 @@ class Interruption(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.signals.install()  # Lightning has just put a handler of its own over SIGTERM, one that waits for ranks
-        if trainer.is_global_zero and events.requeue_unsaid(self.run_dir):
+        # With trainer.requeue=false another process, as a sweep's worker, asks for it and says so.
+        if self.signals.requeue and trainer.is_global_zero and events.requeue_unsaid(self.run_dir):
             self._record(trainer, "requeue", "seen at the next start")
         self._record(trainer, "start")
         self._end_if_asked(trainer, save=False)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import LightningModule, Trainer
 
 from beit_pretrain.cluster import events
+from beit_pretrain.cluster.interruption import Interruption
+from beit_pretrain.cluster.signals import Signals
 
 
 def test_lines_are_appended_and_a_part_of_one_is_left_out(tmp_path: Path) -> None:
@@ -63,3 +66,21 @@ def test_a_requeue_that_a_killed_process_could_not_say_is_seen_by_the_next_life(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     events.record(tmp_path, "requeue", step=9, ranks=4)
     assert not events.requeue_unsaid(tmp_path), "it was said"
+
+
+@pytest.mark.parametrize(
+    "asks_itself, told", [(True, ["signal", "requeue", "start"]), (False, ["signal", "start"])]
+)
+def test_the_next_life_speaks_only_of_a_requeue_that_the_run_asked_for_itself(
+    asks_itself: bool, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    events.record(tmp_path, "signal", step=9, ranks=1, detail="USR1")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with Signals() as signals:
+        signals.requeue = asks_itself  # false in a trial: the sweep's worker asks
+        Interruption(signals, run_dir=tmp_path).on_train_start(trainer, LightningModule())
+    assert [row["event"] for row in events.read(tmp_path)] == told
