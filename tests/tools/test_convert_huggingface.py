@@ -310,8 +310,9 @@ def test_full_size(tmp_path: Path, stage: str, model: str, size: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["[128,128]", "[96,128]"])
-def test_full_size_segmentation(tmp_path: Path, size: str) -> None:
-    with whole_run(tmp_path, "segment", "base", size) as source:
+@pytest.mark.parametrize("model", ["base", "large"])
+def test_full_size_segmentation(tmp_path: Path, model: str, size: str) -> None:
+    with whole_run(tmp_path, "segment", model, size) as source:
         converted(source, tmp_path / "out", "huggingface")
         mine, theirs = both(load(source), tmp_path / "out")
         assert (mine - theirs).abs().max() <= 1e-4 * max(1, theirs.abs().max())
