@@ -5,7 +5,6 @@ Letters: n samples in the split, g global optimiser step, r rank of W, m micro-b
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -235,7 +234,7 @@ class ResumableLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._checked(super().__iter__())
 
-    def _checked(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _checked(self, batches: Any) -> Iterator[Any]:
         while True:
             try:
                 batch = next(batches)
@@ -251,10 +250,12 @@ class ResumableLoader(DataLoader[Any]):
         data: Any = self.dataset
         reading = data.stuck() or "they are reading nothing"
         # torch ends its workers by a signal that they leave to this process, which would then wait for them for ever.
-        # Before it has let go of them, here, it takes their death for an error of its own.
+        # Before it has let go of them, here, it takes their death for an error of its own. So it does with the workers
+        # of other loaders, which are left alone.
+        workers = batches._workers
         self._iterator = None
         del batches
-        for worker in multiprocessing.active_children():
+        for worker in workers:
             worker.kill()
         raise DataError(
             f"the data workers gave nothing for {self.timeout:g} s (data.timeout): {reading}; look at the storage that "

@@ -42,6 +42,10 @@ class Hanging(Shades):
 
 def test_a_read_that_never_ends_is_named_and_its_worker_is_gone(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
+    others = make_module(Shades(64), workers=1, val_share=0.0).train_dataloader()
+    batches = iter(others)
+    next(batches)
+    before = set(multiprocessing.active_children())
     bad = int(epoch_order(32, 1, 0)[19])
     module = make_module(Hanging(32, tmp_path / "pipe", bad), workers=2, timeout=1.0, val_share=0.0)
     seen, began = 0, time.monotonic()
@@ -55,9 +59,10 @@ def test_a_read_that_never_ends_is_named_and_its_worker_is_gone(tmp_path: Path) 
         f"{bad % 10}; look at the storage that it lies on, or raise data.timeout"
     )
     deadline = time.monotonic() + 10
-    while multiprocessing.active_children():
+    while set(multiprocessing.active_children()) - before:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    assert len(list(batches)) == 7  # another loader's worker goes on
 
 
 def test_a_slow_source_is_no_stalled_one_and_zero_is_no_limit() -> None:

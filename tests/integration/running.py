@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -10,13 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+
+from beit_pretrain.cli import main
 
 HERE = Path(__file__).resolve().parent
 
@@ -138,6 +142,22 @@ def train(arguments: Sequence[str], cwd: Path, code: int = 0) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == code, output
     return output
+
+
+def train_here(arguments: Sequence[str], cwd: Path, code: int = 0) -> str:
+    """As `train`, within this process: it saves the seconds that a process needs to begin and to end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)}
+    printed, ended = io.StringIO(), 0
+    with chdir(cwd), one_thread(), redirect_stdout(printed), redirect_stderr(printed), catch_warnings():
+        simplefilter("default")  # told, and no errors
+        try:
+            main(arguments)
+        except SystemExit as exit_:
+            ended = exit_.code
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert ended == code, printed.getvalue()
+    return printed.getvalue()
 
 
 def kill(process: subprocess.Popen[str]) -> None:

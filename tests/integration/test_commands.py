@@ -7,11 +7,12 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
-from running import SMALL_TOKENIZER, environment, hearing_ctrl_c, start, train
+from running import SMALL_TOKENIZER, environment, hearing_ctrl_c, start, train, train_here
 
 from beit_pretrain.cluster import events
 
@@ -93,7 +94,7 @@ def test_a_chain_can_be_looked_at_before_anything_is_there(tmp_path: Path) -> No
 def test_a_mistake_in_a_chain_shows_before_it_runs(override: str, message: str, tmp_path: Path) -> None:
     import re
 
-    output = train(["chain=quickstart", override], tmp_path, code=2)
+    output = train_here(["chain=quickstart", override], tmp_path, code=2)
     assert re.search(message, output), output
     assert "Traceback" not in output and not (tmp_path / "runs").exists()
 
@@ -133,20 +134,20 @@ def test_each_job_of_a_sweep_may_have_several_processes(tmp_path: Path) -> None:
 
 
 def test_debug_takes_two_steps_in_a_folder_of_its_own(tmp_path: Path) -> None:
-    train([*SMALL_TOKENIZER, "name=tok", "debug=true"], tmp_path)
+    train_here([*SMALL_TOKENIZER, "name=tok", "debug=true"], tmp_path)
     results = json.loads((tmp_path / "runs" / "tok-debug" / "results.json").read_text())
     assert results["steps"] == 2
     assert not (tmp_path / "runs" / "tok").exists()
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
-    output = train([*SMALL_TOKENIZER, "dry_run=true"], tmp_path)
+    output = train_here([*SMALL_TOKENIZER, "dry_run=true"], tmp_path)
     assert "17" in output and list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     # The limit on the size of a file stands in for the full disk: the second checkpoint does not fit.
-    train([*SMALL_TOKENIZER, "name=tok", "stage.epochs=1"], tmp_path)
+    train_here([*SMALL_TOKENIZER, "name=tok", "stage.epochs=1"], tmp_path)
     run = tmp_path / "runs" / "tok"
     good = (run / "checkpoints" / "last.ckpt").resolve()
     size = good.stat().st_size
@@ -169,7 +170,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_good_checkpoint(tmp_pa
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "was not written" in errors[0] and "Traceback" not in done.stderr
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["best.ckpt", "last.ckpt", good.name]
-    train([*SMALL_TOKENIZER, "name=tok"], tmp_path)
+    train_here([*SMALL_TOKENIZER, "name=tok"], tmp_path)
     assert json.loads((run / "results.json").read_text())["steps"] == 34
 
 
@@ -184,7 +185,7 @@ def test_a_second_writer_is_refused_and_ctrl_c_can_be_taken_up_again(tmp_path: P
     checkpoints = tmp_path / "runs" / "tok" / "checkpoints"
     try:
         while not checkpoints.exists() and first.poll() is None:
-            pass
+            time.sleep(0.05)
         output = train(arguments, tmp_path, code=2)
         assert f"is being written by process {first.pid}" in output
         first.send_signal(signal.SIGINT)

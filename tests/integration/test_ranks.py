@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from running import SMALL_TOKENIZER, assert_same_run, record, start, train
+from running import SMALL_TOKENIZER, assert_same_run, record, start, train, train_here
 
 from beit_pretrain.cluster import events
 
@@ -118,9 +118,9 @@ def test_a_job_that_gets_no_further_is_not_started_for_ever(
     for _ in range(3):
         events.record(run, "start", step=0, ranks=1)
     command = [*SMALL_TOKENIZER, "stage.epochs=1", "name=stuck", "trainer.requeue=false"]
-    output = train([*command, "trainer.max_requeues=2"], tmp_path, code=2)
+    output = train_here([*command, "trainer.max_requeues=2"], tmp_path, code=2)
     assert "error: runs/stuck: this Slurm job was started 3 times after step 0" in output
     assert output.count("\n") == 1 and "hydra.launcher.timeout_min" in output
     assert events.read(run)[-1]["event"] == "stop"
-    train([*command, "trainer.max_requeues=3"], tmp_path)
+    train_here([*command, "trainer.max_requeues=3"], tmp_path)
     assert (run / "results.json").exists()

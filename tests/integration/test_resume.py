@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from finetuning import SMALL_FINETUNE
-from running import SMALL_PRETRAIN, SMALL_TOKENIZER, assert_same_run, record, train, train_with_kills
+from running import SMALL_PRETRAIN, SMALL_TOKENIZER, assert_same_run, record, train_here, train_with_kills
 from segmentation import SMALL_SEGMENT, draw_scenes
 
 # With all that draws or remembers.
@@ -39,7 +39,7 @@ SEGMENT = [
 def _compare(base: list[str], folder: Path, *, kills: int, seed: int) -> None:
     whole, killed = folder / "runs" / "whole", folder / "runs" / "killed"
     often = [*base, "checkpoint.every_steps=3", "stage.log_every=5"]
-    train([*often, *record(whole), "name=whole"], folder)
+    train_here([*often, *record(whole), "name=whole"], folder)
     train_with_kills([*often, *record(killed), "name=killed"], folder, killed, kills=kills, seed=seed)
     assert_same_run(whole, killed)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import SMALL_PRETRAIN, assert_equal, train
+from running import SMALL_PRETRAIN, assert_equal, train, train_here
 from torch import Tensor
 
 from beit_pretrain.compose import compose
@@ -197,9 +197,9 @@ def test_the_same_command_prints_results_and_a_changed_one_is_refused(
 ) -> None:
     command = [*SMALL_PRETRAIN, f"tokenizer.checkpoint={tokenizer_run}", "name=pre"]
     stamp = (pretrain_run / "checkpoints" / "last.ckpt").stat().st_mtime_ns
-    assert "held-out loss" in train(command, workplace)
+    assert "held-out loss" in train_here(command, workplace)
     assert (pretrain_run / "checkpoints" / "last.ckpt").stat().st_mtime_ns == stamp
-    output = train([*command, "stage.optim.lr=0.5"], workplace, code=2)
+    output = train_here([*command, "stage.optim.lr=0.5"], workplace, code=2)
     assert "stage.optim.lr: 0.002 -> 0.5" in output and "overwrite=true" in output
     assert "Traceback" not in output and len(output.splitlines()) == 1
 
