@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,18 @@ def test_a_chain_hands_its_weights_on_and_reports(chain_run: tuple[Path, str]) -
     assert "kNN" in page and "from scratch" in page
 
 
+@pytest.fixture
+def links_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The links of a chain are real, but no processes of their own."""
+
+    def link(arguments: Sequence[str]) -> int:
+        train_here(arguments, Path.cwd())
+        return 0
+
+    monkeypatch.setattr("beit_pretrain.chain.run_link", link)
+
+
+@pytest.mark.usefixtures("links_here")
 def test_an_interrupted_chain_goes_on_at_the_unfinished_link(chain_run: tuple[Path, str]) -> None:
     folder, _ = chain_run
     chain = folder / "runs" / "quickstart"
@@ -71,14 +84,15 @@ def test_an_interrupted_chain_goes_on_at_the_unfinished_link(chain_run: tuple[Pa
         for name in ("tokenizer", "pretrain", "finetune")
     }
     (chain / "finetune" / "results.json").unlink()
-    train([*SMALL_CHAIN], folder)
+    train_here([*SMALL_CHAIN], folder)
     now = {name: (chain / name / "results.json").stat().st_mtime_ns for name in stamps}
     assert now["tokenizer"] == stamps["tokenizer"] and now["pretrain"] == stamps["pretrain"]
     assert now["finetune"] > stamps["finetune"]
 
 
+@pytest.mark.usefixtures("links_here")
 def test_a_chain_can_be_looked_at_before_anything_is_there(tmp_path: Path) -> None:
-    output = train(["chain=quickstart", "dry_run=true"], tmp_path)
+    output = train_here(["chain=quickstart", "dry_run=true"], tmp_path)
     assert "starts from runs/quickstart/tokenizer, which is not there yet" in output
     assert not (tmp_path / "runs").exists()
 
