@@ -144,13 +144,14 @@ def test_the_slow_part_is_named(
     rows = shown(*DIGITS_TOKENIZER, "--seconds=0.6")
     ms, cpu, share = rows[part].split(" | ")
     each = 1e3 * SLOW / (plans.BATCH if part == "collate" else 1)
-    assert each <= float(ms)
+    assert each <= float(ms) + 0.005  # rounded
     assert float(cpu) < float(ms) / 2  # waiting is no work
     assert rows["limit"].startswith(f"{part}, {share} of ")
     speed = float(rows["speed"].split(" images/s")[0].replace(",", ""))
     assert speed <= 1e3 / each
     needed, alone = re.findall(r"data.workers=(\d+), of ([\d,]+) images/s each", rows["needed"])[0]
-    assert int(needed) == pytest.approx(1000 / float(alone.replace(",", "")), rel=0.02, abs=1)
+    rate = int(alone.replace(",", ""))  # rounded
+    assert math.ceil(1000 / (rate + 0.5)) <= int(needed) <= math.ceil(1000 / (rate - 0.5))
 
 
 def test_slow_decoding_is_named_and_workers_add_up(
