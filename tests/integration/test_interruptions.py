@@ -62,9 +62,8 @@ def finetuning(pretrain_run: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return Interrupted([*arguments, "stage.epochs=4"], tmp_path_factory.mktemp("finetuning"))
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_pretraining_survives_an_interruption(number: int, pretraining: Interrupted) -> None:
-    pretraining.survives(number)
+def test_pretraining_survives_an_interruption(pretraining: Interrupted) -> None:
+    pretraining.survives(1)  # a signal; test_resume kills
 
 
 def test_fine_tuning_survives_an_interruption(finetuning: Interrupted) -> None:
@@ -72,7 +71,7 @@ def test_fine_tuning_survives_an_interruption(finetuning: Interrupted) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(3, 13))
+@pytest.mark.parametrize("number", [0, *range(3, 12)])
 def test_pretraining_survives_ten_interruptions(number: int, pretraining: Interrupted) -> None:
     pretraining.survives(number)
 

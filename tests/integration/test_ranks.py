@@ -95,7 +95,7 @@ def test_a_killed_rank_ends_the_other_one(starter: str, tmp_path: Path) -> None:
 
 def test_a_signal_to_one_of_two_ranks_stops_both_with_one_checkpoint(tmp_path: Path) -> None:
     whole, broken = (tmp_path / "runs" / name for name in ("whole", "broken"))
-    short = [*LONG, "stage.epochs=8"]
+    short = [*LONG, "stage.epochs=4"]
     train([*short, *record(whole), "name=whole"], tmp_path)
     process = _start([*short, *record(broken), "name=broken"], tmp_path, "torchrun")
     _until(broken, 8, process)
