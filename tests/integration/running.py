@@ -96,8 +96,10 @@ class Fail(Callback):
 def hearing_ctrl_c() -> Iterator[None]:
     """Where the tests run in a shell's background, Ctrl-C is ignored, and a child would inherit that."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -105,8 +107,10 @@ def one_thread() -> Iterator[None]:
     """What runs in this process is as exact, and as modest, as a process of its own."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def environment() -> dict[str, str]:
@@ -148,14 +152,15 @@ def train_here(arguments: Sequence[str], cwd: Path, code: int = 0) -> str:
     """As `train`, within this process: it saves the seconds that a process needs to begin and to end."""
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)}
     printed, ended = io.StringIO(), 0
-    with chdir(cwd), one_thread(), redirect_stdout(printed), redirect_stderr(printed), catch_warnings():
-        simplefilter("default")  # told, and no errors
-        try:
+    try:
+        with chdir(cwd), one_thread(), redirect_stdout(printed), redirect_stderr(printed), catch_warnings():
+            simplefilter("default")  # told, and no errors
             main(arguments)
-        except SystemExit as exit_:
-            ended = exit_.code
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    except SystemExit as exit_:
+        ended = exit_.code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert ended == code, printed.getvalue()
     return printed.getvalue()
 
