@@ -13,7 +13,7 @@ test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu and not slurm and not slow"
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/pytest -m "slow and not gpu and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "slow and not gpu and not slurm"
 
 # Starts a Slurm of two nodes on this machine, and ends it: needs root, and Debian's packages of Slurm.
 test-slurm: $(VENV)/.installed-test

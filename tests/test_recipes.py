@@ -491,4 +491,4 @@ def test_the_page_says_of_each_segmentation_what_it_is() -> None:
         assert start == ("a base pre-training" if row["from"] == "pretrain" else f"`{row['from']}`")
         gflop = GFLOP_SEGMENT[f"{size_of(name)} {px}"]
         assert float(cost) == pytest.approx(160_000 * 16 * gflop * 1e9 / (0.4 * 312e12) / 3600, rel=0.02)
-        assert re.findall(r"\b[45]\d\.\d\b", published) == re.findall(r"\b[45]\d\.\d\b", text(name))
+        assert re.findall(r"\b[45]\d\.\d+\b", published) == re.findall(r"\b[45]\d\.\d+\b", text(name))

@@ -315,3 +315,14 @@ def test_the_recipe_is_that_of_the_published_linear_probe() -> None:
     bank = ProbeBank(width=768, depth=1, classes=100, lrs=[4e-3], poolings=["both"], pixels=0, heads=None)
     spread = torch.cat([p.flatten() for n, p in bank.named_parameters() if n.endswith("weight")]).std()
     assert spread.item() == pytest.approx(0.01, rel=0.02)
+
+
+def test_the_papers_own_protocol_is_half_as_long_and_on_the_mean_alone() -> None:
+    """Table 9 of the paper and its text: the script's settings but for the epochs and what a classifier sees."""
+    cfg, script = (
+        compose(["stage=probe", f"experiment={name}", "data.root=images"])
+        for name in ("probe_1k_paper", "probe_1k")
+    )
+    assert (cfg.stage.epochs, list(cfg.stage.poolings)) == (50, ["mean"])
+    cfg.stage.epochs, cfg.stage.poolings = script.stage.epochs, script.stage.poolings
+    assert cfg == script
