@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 NAMES = ("USR1", "USR2", "TERM")
+JOIN = 5.0  # seconds at most in which the thread ends; it needs none
 
 
 class Interrupted(BaseException):
@@ -69,8 +70,12 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._descriptor)
-        self._writer.close()  # the thread reads the end, if it still reads
-        self._watcher.join()
+        if os.getpid() == self._pid:
+            # Forked processes have copies of this end: to close one of them ends nothing. A forked process that comes
+            # here itself has no such thread, and the connection is its parent's.
+            self._writer.shutdown(socket.SHUT_RDWR)
+            self._watcher.join(JOIN)
+        self._writer.close()
         self._reader.close()
         if self._clock is not None:
             self._clock.cancel()
