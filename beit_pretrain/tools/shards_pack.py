@@ -24,7 +24,7 @@ from torch import Tensor
 from beit_pretrain.checkpoint import files
 from beit_pretrain.cluster.ending import die_with_parent
 from beit_pretrain.data.decode import decode
-from beit_pretrain.data.shard_index import INDEX, scan
+from beit_pretrain.data.shard_tar import INDEX, scan
 from beit_pretrain.data.sources import Source
 from beit_pretrain.errors import DataError
 
@@ -159,7 +159,7 @@ def pack(
             if sys.platform == "linux":  # so that it comes from the disk when it is read back
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         total = hashlib.sha256()
-        found, flaws = scan(temporary, total)
+        found, flaws, _ = scan(temporary, total)
         if flaws or not np.array_equal(found, rows):
             raise DataError(
                 f"{path}: what was read back is not what was written: look for a faulty disk or memory, then the "

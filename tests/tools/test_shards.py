@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from data import tars
 
-from beit_pretrain.data.shard_index import read_index, scan
+from beit_pretrain.data.shard_index import read_index
+from beit_pretrain.data.shard_tar import scan
 from beit_pretrain.errors import DataError
 from beit_pretrain.tools.shards import show, verify
 
