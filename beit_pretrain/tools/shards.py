@@ -55,7 +55,9 @@ def verify(root: str, workers: int) -> int:
     size = sum(shard.bytes for shard in index.shards) / 1e9
     if not bad:
         whole = f"{len(index.shards)} shards, {len(index.entries):,} images, {size:.2f} GB"
-        print(f"{root} is as it was written: {whole}")
+        print(
+            f"{root} is as it was written (size, SHA-256, each place, label and CRC-32; not decoded): {whole}"
+        )
         return 0
     print(
         f"{root}: {len(bad)} of {len(index.shards)} shards are not as they were written; copy these again, or remove "
