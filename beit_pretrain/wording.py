@@ -1,11 +1,18 @@
-"""Values as a user types them, and the good ones near a bad one, for messages about a configuration."""
+"""Values as a user types them, the good ones near a bad one, and text from outside as a terminal may have it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
+
+# What a terminal obeys in place of showing it, what turns the order of letters or breaks a line, and what is no
+# Unicode: C0, DEL, C1, marks and overrides of direction, separators of lines, lone surrogates.
+_UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def is_whole(value: Any, least: int) -> bool:
@@ -63,3 +70,8 @@ def show(value: Any) -> str:
 def pair(size: Any) -> list[int]:
     """`224` or `[192, 160]` as [height, width]."""
     return [int(size)] * 2 if isinstance(size, int | float | str) else [int(side) for side in size]
+
+
+def printable(text: object) -> str:
+    """Text from outside, such as the name of a file, in one line that every terminal and format takes as text."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))

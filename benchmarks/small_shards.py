@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from beit_pretrain.data.shard_index import INDEX, Shard, ShardIndex, write_index
+from beit_pretrain.data.shard_index import Shard, ShardIndex, write_index
+from beit_pretrain.data.shard_tar import INDEX
 
 BLOCK = tarfile.BLOCKSIZE
 

@@ -26,12 +26,20 @@ _WAIT = 0.05  # seconds between looks at a full cache
 _OURS = re.compile(r".+\.[0-9a-f]{16}(\.part)?")
 
 
-def fetch_small(url: str, *, timeout: float = 60.0) -> bytes | None:
-    """What lies at a URL, such as an index; None if nothing does. DataError if it cannot be read whole."""
+def fetch_small(url: str, *, most: int, timeout: float = 60.0) -> bytes | None:
+    """What lies at a URL, such as an index; None if nothing does. DataError if it cannot be read whole.
+
+    Of a file of more than `most` bytes somewhat more than these come.
+    """
     for wait in waits():
         try:
             with closing(pieces(url, timeout)) as stream:
-                return b"".join(stream)
+                data = bytearray()
+                for piece in stream:
+                    data += piece
+                    if len(data) > most:
+                        break
+                return bytes(data)
         except MissingError:
             return None
         except BrokenError as error:

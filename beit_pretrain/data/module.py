@@ -184,6 +184,7 @@ class DataModule(LightningDataModule):
             max_bad=self.max_bad,
             bad_log=self.bad_log,
             timeout=source.timeout,
+            last_dot=source.last_dot,
         )
         return StreamLoader(
             dataset=dataset,

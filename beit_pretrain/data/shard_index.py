@@ -1,23 +1,19 @@
-"""Shards: where each sample's image lies in a set of tar files, read from them or from the index beside them.
+"""Shards: the index beside a set of tar files, which says where each sample's image lies.
 
 A set is a folder of tars in webdataset's format (https://github.com/webdataset/webdataset) with `index.json` and
-`index.npy`. A sample is members of one key that follow each other: `KEY.jpg` (or another image suffix) and, where
-labelled, `KEY.cls` with the class number in ASCII. Samples are numbered through the shards in the index's order.
+`index.npy`. Samples are numbered through the shards in the index's order. An index may come from somebody who means
+harm: nothing in it is more than its type and range allow, and names of shards are plain ones.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import io
 import json
 import os
 import re
-import tarfile
 import uuid
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,24 +22,20 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from beit_pretrain.data.folder import SUFFIXES
+from beit_pretrain.data.shard_tar import INDEX, PassedOver
 from beit_pretrain.errors import DataError
+from beit_pretrain.wording import is_whole
 
 FORMAT = 1
 INDEX_JSON, INDEX_NPY = "index.json", "index.npy"
 SPLITS = ("train", "val", "test")
-# Place and length in bytes of a sample's image in its tar, CRC-32 of these bytes, class number or -1.
-INDEX = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")])
+MOST_BYTES = 1 << 28  # of an index.json, which holds some 200 for a shard
+CLASSES = 1_000_000  # that labels may always number; more, if there are more images
 
 _AGAIN = "copy it again, or write it again: beit-tools shards write"
-_BLOCK = tarfile.BLOCKSIZE
-_CHUNK = 1 << 20
-_LARGEST = int(np.iinfo(np.uint32).max)  # bytes of an image that an entry can hold
-_LONGEST = 16  # blocks looked at for the headers of one member
-_EXTENDED = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)  # headers that hold a long name for the next one
-META = re.compile(r"__[^/]*__($|/)")  # what webdataset passes over
-LABEL = re.compile(rb"\s*(\d{1,9})\s*")
-_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+# Of a shard. It becomes a part of paths, addresses and commands.
+_NAME = re.compile(r"\w[\w.-]{0,199}")
+_MOST = 2**63 - 1  # of any number
 
 
 class Shard(NamedTuple):
@@ -65,11 +57,37 @@ class ShardIndex:
     class_names: list[str] | None = None
     flaws: dict[int, str] = field(default_factory=dict)  # samples known to be unusable, with the reason
     written: dict[str, Any] = field(default_factory=dict)  # how it was written, in the writer's words
+    passed_over: PassedOver | None = None  # of shards of another's making; None: not counted
 
     @cached_property
     def bounds(self) -> np.ndarray:
         """(shards + 1,) int64: samples bounds[i] up to bounds[i + 1] lie in the i-th shard."""
         return np.cumsum([0, *(shard.samples for shard in self.shards)], dtype=np.int64)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(n,) int64 class numbers, -1 where a sample has none."""
+        labels = self.entries["label"].astype(np.int64)
+        labels[self._beyond] = -1
+        return labels
+
+    @property
+    def impossible(self) -> dict[int, str]:
+        """Samples whose label numbers more classes than there can be, with the reason: a list of classes is made."""
+        numbers = self.entries["label"]
+        most = self._classes - 1
+        return {
+            sample: f"its label {numbers[sample]} is no class number: {most} is the highest for {len(numbers)} images"
+            for sample in np.flatnonzero(self._beyond).tolist()
+        }
+
+    @property
+    def _classes(self) -> int:
+        return max(CLASSES, len(self.entries))
+
+    @property
+    def _beyond(self) -> np.ndarray:
+        return self.entries["label"] >= self._classes
 
     @cached_property
     def sha256(self) -> str:
@@ -91,49 +109,109 @@ class ShardIndex:
 def read_index(folder: Path) -> ShardIndex:
     """The index in a folder. DataError if it is not there, of another format, or damaged."""
     path = Path(folder) / INDEX_JSON
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    with _reading(path) as file:
+        if os.fstat(file.fileno()).st_size > MOST_BYTES:
+            raise DataError(_too_large(path))
+        data = file.read()
     index, sha256 = parse_index(data, path)
     load_entries(index, Path(folder) / INDEX_NPY, sha256)
     return index
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
+    try:
+        if path.exists() and not path.is_file():  # a pipe would never begin
+            raise DataError(f"{path} is no file; {_AGAIN}")
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def parse_index(data: bytes, path: object) -> tuple[ShardIndex, str]:
     """What index.json holds, with no entries yet, and their SHA-256. `path` is what messages call the file."""
+    if len(data) > MOST_BYTES:
+        raise DataError(_too_large(path))
     try:
         content = json.loads(data)
         if content["format"] != FORMAT:
-            raise DataError(f"{path} has format {content['format']}, this version reads {FORMAT}; {_AGAIN}")
-        shards = [Shard(*(entry[name] for name in Shard._fields)) for entry in content["shards"]]
-        flaws = {int(sample): str(reason) for sample, reason in content["flaws"]}
-        index = ShardIndex(shards, np.empty(0, INDEX), content["class_names"], flaws, content["written"])
-        total, sha256 = int(content["samples"]), str(content["sha256"])
-        whole = int(index.bounds[-1]) == total and all(0 <= sample < total for sample in flaws)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{path} has format {content['format']!r:.20}, this version reads {FORMAT}; {_AGAIN}"
+            )
+        shards = [_shard(entry) for entry in content["shards"]]
+        total, sha256 = _number("samples", content["samples"]), str(content["sha256"])
+        if sum(shard.samples for shard in shards) != total:
+            raise ValueError(f"the samples of its shards are not {total} in all")
+        flaws = {_number("a flaw's sample", sample): str(reason) for sample, reason in content["flaws"]}
+        if any(sample >= total for sample in flaws):
+            raise ValueError(f"a flaw is of none of its {total} samples")
+        index = ShardIndex(
+            shards,
+            np.empty(0, INDEX),
+            _class_names(content["class_names"]),
+            flaws,
+            dict(content["written"]),
+            _passed_over(content.get("passed_over")),
+        )
+    # RecursionError: lists in lists without end.
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {_AGAIN}") from error
-    if not whole:
-        raise DataError(f"{path} is damaged: the samples of its shards are not {total} in all; {_AGAIN}")
-    for shard in shards:
-        if Path(shard.name).name != shard.name or shard.split not in SPLITS:
-            raise DataError(f"{path} is damaged: no shard {shard.name!r} of {shard.split!r} can be; {_AGAIN}")
     return index, sha256
+
+
+def _too_large(path: object) -> str:
+    return f"{path} has more than {MOST_BYTES} bytes, so it is no index of shards; {_AGAIN}"
+
+
+def _shard(entry: Any) -> Shard:
+    name, split, sha256 = entry["name"], entry["split"], entry["sha256"]
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r:.60} is no name of a shard: letters, digits, _ . - and first none of . and -"
+        )
+    if split not in SPLITS:
+        raise ValueError(f"{split!r:.20} is none of {', '.join(SPLITS)}")
+    if not isinstance(sha256, str | None):
+        raise ValueError(f"{sha256!r:.20} is no SHA-256")
+    return Shard(name, split, _number("samples", entry["samples"]), _number("bytes", entry["bytes"]), sha256)
+
+
+def _number(what: str, value: Any) -> int:
+    if not is_whole(value, 0) or value > _MOST:
+        raise ValueError(f"{what} {value!r:.20}")
+    return value
+
+
+def _class_names(names: Any) -> list[str] | None:
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError("class_names are no list of names")
+    return names
+
+
+def _passed_over(entry: Any) -> PassedOver | None:
+    """None for an index of before these were counted."""
+    if entry is None:
+        return None
+    images, unclear = (_number(name, entry[name]) for name in ("images", "unclear"))
+    return PassedOver(images, unclear, str(entry["example"]))
 
 
 def load_entries(index: ShardIndex, path: Path, sha256: str) -> None:
     """Maps index.npy into memory as the index's entries. DataError if it is not the one that belongs to it."""
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    with _reading(path) as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         raise DataError(f"{path} is damaged, or not that of its {INDEX_JSON} (SHA-256); {_AGAIN}")
-    index.entries = np.load(path, mmap_mode="r")
-    index.sha256 = sha256
-    if index.entries.dtype != INDEX or len(index.entries) != index.bounds[-1]:
+    try:
+        entries = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError, OverflowError, SyntaxError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {_AGAIN}") from error
+    if entries.dtype != INDEX or entries.shape != (index.bounds[-1],):
         raise DataError(f"{path} does not hold the {index.bounds[-1]} entries of its {INDEX_JSON}; {_AGAIN}")
+    if (entries["label"] < -1).any():
+        raise DataError(f"{path} is damaged: a label is below -1; {_AGAIN}")
+    index.entries, index.sha256 = entries, sha256
 
 
 def write_index(folder: Path, index: ShardIndex) -> None:
@@ -147,6 +225,8 @@ def write_index(folder: Path, index: ShardIndex) -> None:
         "flaws": sorted(index.flaws.items()),
         "written": index.written,
     }
+    if index.passed_over is not None:
+        content["passed_over"] = index.passed_over._asdict()
     text = json.dumps(content, indent=1) + "\n"
     _atomic(Path(folder) / INDEX_NPY, lambda file: np.save(file, index.entries))
     _atomic(Path(folder) / INDEX_JSON, lambda file: file.write(text.encode()))
@@ -169,172 +249,3 @@ def _atomic(path: Path, fill: Callable[[Any], object]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
-
-
-# --- what a tar holds ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Sample:
-    """The members of one key so far."""
-
-    key: str
-    row: tuple[int, int, int] | None = None  # offset, size and CRC of the image
-    label: int | None = None
-    flaw: str | None = None
-
-
-def scan(path: Path, total: Any = None) -> tuple[np.ndarray, list[tuple[int, str]]]:
-    """The samples of one tar: (samples,) INDEX in their order, and the flawed among them as (row, reason).
-
-    Reads the file once, from front to back. `total` is a hash of hashlib to put the whole file's bytes into.
-    DataError for a tar that is cut short or damaged, or for a file that is none.
-    """
-    path = Path(path)
-    rows: list[tuple[int, int, int, int]] = []
-    flaws: list[tuple[int, str]] = []
-    try:
-        with path.open("rb") as file:
-            reader = _Reader(file.fileno(), total)
-            for sample in _samples(path, file, reader):
-                offset, size, crc = sample.row or (0, 0, 0)
-                flaw = sample.flaw or _flaw(sample)
-                if flaw:
-                    flaws.append((len(rows), f"sample {sample.key}: {flaw}"))
-                rows.append((offset, size, crc, -1 if sample.label is None else sample.label))
-            reader.go_to(os.fstat(file.fileno()).st_size)
-    except OSError as error:
-        raise DataError(f"shard {path.name} cannot be read: {error.strerror}") from error
-    return np.array(rows, dtype=INDEX), flaws
-
-
-def _flaw(sample: _Sample) -> str | None:
-    if sample.row is None:
-        return f"no image ({' '.join(SUFFIXES)}) among its files"
-    return None if sample.row[1] else "its image has no bytes"
-
-
-def _samples(path: Path, file: BinaryIO, reader: _Reader) -> Iterator[_Sample]:
-    sample = None
-    for member in _members(path, file):
-        key, suffix = member_key(member.name)
-        if not suffix or META.match(member.name):
-            continue
-        if sample is None or sample.key != key:
-            if sample is not None:
-                yield sample
-            sample = _Sample(key)
-        if suffix == "cls":
-            number = LABEL.fullmatch(reader.begin(member))
-            if number is None:
-                sample.flaw = f"its label {member.name} is no class number (0, 1, 2, ...)"
-            else:
-                sample.label = int(number[1])
-        elif f".{suffix}".endswith(SUFFIXES) and sample.row is None:
-            if member.size > _LARGEST:
-                sample.flaw = f"its image has {member.size} bytes, {_LARGEST} are the most"
-            else:
-                sample.row = member.offset_data, member.size, reader.crc(member)
-    if sample is not None:
-        yield sample
-
-
-def member_key(name: str) -> tuple[str, str]:
-    """Key and suffix of a member: cut at the first dot of its base name. No suffix: it belongs to no sample."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return f"{folder}{slash}{stem}", suffix.lower() if stem else ""
-
-
-def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The regular files in a tar whose data lies in one piece.
-
-    tarfile takes a broken header for the end of the archive: here the end must be where it says it is.
-    """
-    size, end = os.fstat(file.fileno()).st_size, 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # it would keep them all  # pyright: ignore[reportAttributeAccessIssue]
-                if not end < tar.offset <= size:
-                    break
-                end = tar.offset
-                if member.isreg() and not member.issparse():
-                    yield member
-    except tarfile.TarError as error:
-        head = os.pread(file.fileno(), _BLOCK, 0)
-        if not end and head[257:262] != b"ustar":
-            raise DataError(_no_tar(path, head)) from error
-    if os.pread(file.fileno(), _BLOCK, end) != bytes(_BLOCK):
-        raise DataError(
-            f"shard {path.name} is cut short or damaged: it has {size} bytes, and at byte {end} neither a whole "
-            "file nor the end mark of a tar; copy or write it again"
-        )
-
-
-def _no_tar(path: Path, head: bytes) -> str:
-    if not head:
-        return f"shard {path.name} is empty (0 bytes); copy or write it again"
-    for start, packed in _PACKED.items():
-        if head.startswith(start):
-            return f"shard {path.name} is compressed ({packed}), not to be read in any order: unpack it to a plain tar"
-    return f"shard {path.name} is no tar file; copy or write it again, or leave it out of data.root"
-
-
-class _Reader:
-    """Reads a file from front to back: one pass gives checksums of its parts and of the whole."""
-
-    def __init__(self, descriptor: int, total: Any) -> None:
-        self.descriptor = descriptor
-        self.total = total
-        self.done = 0  # bytes that are in `total`
-
-    def crc(self, member: tarfile.TarInfo) -> int:
-        """CRC-32 of a member's data."""
-        self.go_to(member.offset_data)
-        return self._read(member.offset_data + member.size)
-
-    def go_to(self, place: int) -> None:
-        """Puts what lies before `place` into the total."""
-        if self.total is not None:
-            self._read(place)
-        self.done = max(self.done, place)
-
-    def begin(self, member: tarfile.TarInfo) -> bytes:
-        """What a member's data begins with."""
-        return os.pread(self.descriptor, min(member.size, _BLOCK), member.offset_data)
-
-    def _read(self, end: int) -> int:
-        """CRC-32 of what lies between `done` and `end`."""
-        crc = 0
-        while self.done < end:
-            data = os.pread(self.descriptor, min(end - self.done, _CHUNK), self.done)
-            if not data:
-                raise OSError(errno.EIO, f"it ended at byte {self.done} while it was read")
-            if self.total is not None:
-                self.total.update(data)
-            self.done += len(data)
-            crc = zlib.crc32(data, crc)
-        return crc
-
-
-def key_at(descriptor: int, offset: int) -> str | None:
-    """The key of the member whose data begins at `offset`; None if no tar header lies before it.
-
-    A long name stands in an extended header before the member's own, of as many blocks as it needs.
-    """
-    blocks = min(offset // _BLOCK, _LONGEST)
-    head = os.pread(descriptor, blocks * _BLOCK, offset - blocks * _BLOCK)
-    start = len(head) - _BLOCK
-    try:
-        for begin in range(start - 2 * _BLOCK, -1, -_BLOCK):
-            with suppress(tarfile.HeaderError):
-                before = tarfile.TarInfo.frombuf(head[begin : begin + _BLOCK], "utf-8", "surrogateescape")
-                if before.type in _EXTENDED and begin + _BLOCK + -(-before.size // _BLOCK) * _BLOCK == start:
-                    start = begin
-                    break
-        with tarfile.open(fileobj=io.BytesIO(head[start:]), mode="r:", encoding="utf-8") as tar:
-            member = tar.next()
-    except (tarfile.TarError, ValueError):
-        return None
-    return None if member is None else member_key(member.name)[0]

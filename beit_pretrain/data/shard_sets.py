@@ -17,25 +17,27 @@ from braceexpand import braceexpand
 from filelock import FileLock
 
 from beit_pretrain.data.shard_index import (
-    INDEX,
     INDEX_JSON,
     INDEX_NPY,
+    MOST_BYTES,
     Shard,
     ShardIndex,
     load_entries,
     parse_index,
     read_index,
-    scan,
     write_index,
 )
+from beit_pretrain.data.shard_tar import INDEX, PassedOver, scan
 from beit_pretrain.data.sources import digest
 from beit_pretrain.errors import ConfigError, DataError
+from beit_pretrain.wording import printable
 
 if TYPE_CHECKING:
     from beit_pretrain.data.fetch import ShardCache
 
 _EVERY = 10  # seconds between two lines of progress
 _NAMED = 3  # shards that a message names at most
+_MOST_UNCLEAR = 0.01  # share of images that share a key, without a rule which of them is meant
 
 Patterns = dict[str, str | Sequence[str] | None]  # by split
 
@@ -57,11 +59,18 @@ class Place(NamedTuple):
 
 
 def find(
-    patterns: Patterns, *, keep: Path | None, limit: int, timeout: float, samples: int | None
+    patterns: Patterns,
+    *,
+    keep: Path | None,
+    limit: int,
+    timeout: float,
+    samples: int | None,
+    last_dot: bool = False,
 ) -> ShardSet:
     """The set that data.root and the patterns of the other splits name; ShardSource says what they may be.
 
     `keep`: folder for what is fetched, at most `limit` bytes, and for indices; None streams remote shards.
+    `last_dot`: where keys end in shards without an index.
     """
     root = patterns["train"]
     if isinstance(root, str) and (root.endswith("/") if is_remote(root) else os.path.isdir(_path(root))):
@@ -71,9 +80,14 @@ def find(
                     f"data.source.{split}={patterns[split]}: the index in data.root={root} says which shards are for "
                     "what; set it to null"
                 )
+        if last_dot:
+            raise ConfigError(
+                f"data.source.key_until=last_dot: the index in data.root={root} says what the samples are; set it to "
+                "null"
+            )
         found = _remote_set(root, keep, limit, timeout) if is_remote(root) else _local_set(Path(_path(root)))
     else:
-        found = _other_shards(_places(patterns), keep, limit, timeout, samples)
+        found = _other_shards(_places(patterns), keep, limit, timeout, samples, last_dot)
     if samples not in (None, found.samples):
         raise ConfigError(
             f"data.source.samples={samples}, but the shards hold {found.samples}; set it to null"
@@ -108,7 +122,7 @@ def _local_set(folder: Path) -> ShardSet:
 def _remote_set(prefix: str, keep: Path | None, limit: int, timeout: float) -> ShardSet:
     from beit_pretrain.data.fetch import fetch_small
 
-    data = fetch_small(prefix + INDEX_JSON, timeout=timeout)
+    data = fetch_small(prefix + INDEX_JSON, most=MOST_BYTES, timeout=timeout)
     if data is None:
         raise DataError(
             f"data.root={prefix} has no {INDEX_JSON}: set data.root to where shards of beit-tools shards write lie "
@@ -137,13 +151,13 @@ def _cache(keep: Path, limit: int, timeout: float) -> ShardCache:
 
 
 def _other_shards(
-    found: list[Place], keep: Path | None, limit: int, timeout: float, samples: int | None
+    found: list[Place], keep: Path | None, limit: int, timeout: float, samples: int | None, last_dot: bool
 ) -> ShardSet:
     """Shards without an index: streamed, or scanned once, after which the index stays in a folder in `keep`.
 
     A scan that was interrupted goes on. DataError that names the shards that cannot be used.
     """
-    urls, identity = [url for _, url in found], _identity(found)
+    urls, identity = [url for _, url in found], _identity(found, last_dot)
     if keep is None and any(map(is_remote, urls)):
         if any(split != "train" for split, _ in found):
             raise ConfigError(
@@ -158,7 +172,7 @@ def _other_shards(
         return _streamed(urls, samples)
     if keep is None:
         print("the index of these shards is kept if data.source.cache is set to a folder", file=sys.stderr)
-        index = _scan_all(found, None, None)
+        index = _scan_all(found, None, None, last_dot)
         return ShardSet(index, urls, len(index.entries))
     cache = _cache(keep, limit, timeout) if any(map(is_remote, urls)) else None
     folder = keep / f"index-{identity[:16]}"
@@ -167,13 +181,19 @@ def _other_shards(
         if _kept(folder) is None:
             with FileLock(f"{folder}.lock"):
                 if _kept(folder) is None:  # no other process has made it meanwhile
-                    write_index(folder, _scan_all(found, folder / "parts", cache))
+                    write_index(folder, _scan_all(found, folder / "parts", cache, last_dot))
                     shutil.rmtree(folder / "parts", ignore_errors=True)
     except OSError as error:
         raise ConfigError(
             f"data.source.cache={keep} cannot be written to ({error.strerror}); set it to another folder"
         ) from error
     index = read_index(folder)
+    if index.passed_over is None:
+        print(
+            f"the index in {folder} is of an earlier version, which did not count the images that are passed over; "
+            "remove it to have it made again",
+            file=sys.stderr,
+        )
     return ShardSet(index, urls, len(index.entries), cache)
 
 
@@ -215,9 +235,9 @@ def _path(given: str) -> str:
     return os.path.abspath(os.path.expanduser(given))
 
 
-def _identity(found: Sequence[Place]) -> str:
-    """A hash of paths, sizes and times of change, and of addresses."""
-    words: list[str] = []
+def _identity(found: Sequence[Place], last_dot: bool) -> str:
+    """A hash of paths, sizes and times of change, of addresses, and of where keys end."""
+    words: list[str] = ["last dot"] if last_dot else []
     missing: list[str] = []
     for split, url in found:
         words += [split, url]
@@ -244,7 +264,9 @@ def _kept(folder: Path) -> ShardIndex | None:
         return None
 
 
-def _scan_all(found: Sequence[Place], parts: Path | None, cache: ShardCache | None) -> ShardIndex:
+def _scan_all(
+    found: Sequence[Place], parts: Path | None, cache: ShardCache | None, last_dot: bool
+) -> ShardIndex:
     print(f"indexing {len(found)} shards", file=sys.stderr, flush=True)
     told, done, faults = time.monotonic(), [], []
     for number, place in enumerate(found):
@@ -252,7 +274,7 @@ def _scan_all(found: Sequence[Place], parts: Path | None, cache: ShardCache | No
             told = time.monotonic()
             print(f"indexing shard {number + 1} of {len(found)}", file=sys.stderr, flush=True)
         try:
-            done.append(_scan_one(place, number, parts, cache))
+            done.append(_scan_one(place, number, parts, cache, last_dot))
         except DataError as error:
             faults.append(str(error))
             if len(faults) == _NAMED:  # where a server is down, each costs minutes
@@ -264,10 +286,39 @@ def _scan_all(found: Sequence[Place], parts: Path | None, cache: ShardCache | No
         flaws |= {start + row: reason for row, reason in index.flaws.items()}
         start += len(index.entries)
     shards = [shard for index in done for shard in index.shards]
-    return ShardIndex(shards, np.concatenate([index.entries for index in done]), None, flaws)
+    entries = np.concatenate([index.entries for index in done])
+    passed_over = _together([index.passed_over for index in done if index.passed_over])
+    _say_passed_over(passed_over, int(np.count_nonzero(entries["size"])) + passed_over.images, last_dot)
+    return ShardIndex(shards, entries, None, flaws, passed_over=passed_over)
 
 
-def _scan_one(place: Place, number: int, parts: Path | None, cache: ShardCache | None) -> ShardIndex:
+def _together(parts: Sequence[PassedOver]) -> PassedOver:
+    unclear = sum(part.unclear for part in parts)
+    examples = [part.example for part in parts if (part.unclear if unclear else part.images)]
+    return PassedOver(sum(part.images for part in parts), unclear, [*examples, ""][0])
+
+
+def _say_passed_over(passed_over: PassedOver, images: int, last_dot: bool) -> None:
+    """A line where images are passed over; DataError where many share a key without a rule which one is meant."""
+    if passed_over.unclear > _MOST_UNCLEAR * images:
+        raise DataError(
+            f"{passed_over.unclear:,} of {images:,} images ({passed_over.unclear / images:.1%}) in data.root share "
+            f"their key with another, such as {passed_over.example}: a key ends at the first dot of a name, and a "
+            "sample has one image; set data.source.key_until=last_dot to make each image a sample of its own, or "
+            "rename them"
+        )
+    if passed_over.images:
+        print(
+            f"{passed_over.images:,} of {images:,} images ({passed_over.images / images:.1%}) are passed over, such "
+            f"as {printable(passed_over.example)}: a key, which ends at the {'last' if last_dot else 'first'} dot of "
+            "a name, has one image, and links are not followed",
+            file=sys.stderr,
+        )
+
+
+def _scan_one(
+    place: Place, number: int, parts: Path | None, cache: ShardCache | None, last_dot: bool
+) -> ShardIndex:
     """The index of one shard, which is kept until that of all is there."""
     folder = None if parts is None else parts / f"{number:06d}"
     if folder is not None and (index := _kept(folder)) is not None:
@@ -275,16 +326,15 @@ def _scan_one(place: Place, number: int, parts: Path | None, cache: ShardCache |
     name, path = _name(place.url, number), Path(place.url)
     if cache is not None and is_remote(place.url):
         path = cache.local(place.url, name=name, size=None, sha256=None)
-    rows, flaws = scan(path)
-    index = ShardIndex(
-        [Shard(name, place.split, len(rows), path.stat().st_size, None)], rows, None, dict(flaws)
-    )
+    rows, flaws, passed_over = scan(path, last_dot=last_dot)
+    shard = Shard(name, place.split, len(rows), path.stat().st_size, None)
+    index = ShardIndex([shard], rows, None, dict(flaws), passed_over=passed_over)
     if folder is not None:
         write_index(folder, index)
     return index
 
 
 def _name(url: str, number: int) -> str:
-    """What to call a shard: the tar file in its address, a number where there is none."""
+    """What to call a shard: the tar file in its address in plain letters, a number where there is none."""
     files = re.findall(r"[^/\s?&=:]+\.tar\b", url)
-    return files[-1] if files else f"shard-{number:06d}.tar"
+    return re.sub(r"[^\w.-]|^[.-]", "_", files[-1])[-200:] if files else f"shard-{number:06d}.tar"

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from beit_pretrain.data.shard_index import SPLITS, Shard, ShardIndex, key_at
+from beit_pretrain.data.shard_index import SPLITS, Shard, ShardIndex
 from beit_pretrain.data.shard_sets import find, is_remote, some
+from beit_pretrain.data.shard_tar import key_at
 from beit_pretrain.data.sources import Source, digest
 from beit_pretrain.errors import ConfigError, DataError
 
@@ -27,6 +28,7 @@ class _OpenFile:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        self.size = os.fstat(descriptor).st_size
 
     def __del__(self) -> None:
         os.close(self.descriptor)
@@ -42,6 +44,7 @@ class ShardSource(Source):
       another's making. Without one remote shards are `streamed`: they are no more than `urls` to train on.
     - `timeout`: seconds without a byte after which a transfer is ended.
     - `samples`: number of training samples, which streamed shards without an index do not tell.
+    - `key_until`: last_dot where a key ends at the last dot of a name; null: at the first one, as in webdataset.
 
     Every image is compared with its CRC-32 in the index as it is read.
     """
@@ -57,25 +60,36 @@ class ShardSource(Source):
         cache_gb: float = 100,
         timeout: float = 60,
         samples: int | None = None,
+        key_until: str | None = None,
     ) -> None:
+        if key_until not in (None, "last_dot"):
+            raise ConfigError(f"data.source.key_until={key_until}: set it to last_dot, or to null")
         patterns = {"train": root, "val": val, "test": test}
         keep = None if cache is None else Path(cache).expanduser().absolute()
-        found = find(patterns, keep=keep, limit=int(cache_gb * 1e9), timeout=timeout, samples=samples)
+        self.last_dot = key_until is not None
+        found = find(
+            patterns,
+            keep=keep,
+            limit=int(cache_gb * 1e9),
+            timeout=timeout,
+            samples=samples,
+            last_dot=self.last_dot,
+        )
         self.index, self.urls, self.samples, self.cache = found
         self.timeout = timeout
         self.streamed = any(map(is_remote, self.urls)) and keep is None
         if self.streamed:
             return
         self.bounds = self.index.bounds
-        self.flaws = self.index.flaws
+        self.flaws = self.index.impossible | self.index.flaws
         self.fetched = self.cache is not None
         sizes = [shard.bytes for shard in self.index.shards]
         if self.cache is not None and sum(sizes) > self.cache.limit:
             self.room = self.cache.limit // max(sizes)
         self.splits = {name: part for name in SPLITS if len(part := self.index.split(name))}
-        labels = self.index.entries["label"]
+        labels = self.index.labels
         if len(labels) and labels.max() >= 0:
-            self.labels = labels.astype(np.int64)
+            self.labels = labels
             self.class_names = _class_names(class_names, self.index, int(labels.max()) + 1)
         self._open = self._keep_open()
         self._look()
@@ -116,7 +130,7 @@ class ShardSource(Source):
     def fingerprint(self) -> str:
         """Over what the index says and the sizes of the splits: shards that were moved or renamed are the same data."""
         if self.streamed:
-            return digest("streamed shards", str(self.samples), *self.urls)
+            return digest("streamed shards", str(self.samples), *["last dot"] * self.last_dot, *self.urls)
         sizes = [f"{name} {len(part)}" for name, part in self.splits.items()]
         return digest("shards", self.index.sha256, *sizes)
 
@@ -135,7 +149,7 @@ class ShardSource(Source):
     def _key(self, number: int, offset: int) -> str | None:
         """The key of the sample whose image lies there in a shard; None if it cannot be read."""
         try:
-            return key_at(self._open(number).descriptor, offset) if offset else None
+            return key_at(self._open(number).descriptor, offset, self.last_dot) if offset else None
         except (DataError, OSError):
             return None
 
@@ -143,6 +157,9 @@ class ShardSource(Source):
         """At most `size` bytes of a shard: fewer where it ends."""
         # pread moves no position: workers share what was open before they were forked.
         file = self._open(number)
+        size = min(size, max(0, file.size - offset))  # an index that promises more makes no memory
+        if not size:
+            return b""
         data = os.pread(file.descriptor, size, offset)
         while len(data) < size and (more := os.pread(file.descriptor, size - len(data), offset + len(data))):
             data += more
@@ -162,7 +179,8 @@ class ShardSource(Source):
                 else cache.local(url, name=shard.name, size=shard.bytes, sha256=shard.sha256)
             )
             try:
-                return _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                # O_NONBLOCK: a pipe of that name would wait for a writer.
+                return _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
             except OSError as error:
                 # The cache may have made room in between.
                 if attempt or cache is None:

@@ -24,15 +24,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 from beit_pretrain.data.dataset import BadImages
 from beit_pretrain.data.decode import decode
 from beit_pretrain.data.fetch import waits
-from beit_pretrain.data.folder import SUFFIXES
 from beit_pretrain.data.sampler import Failure, hashes, mix
-from beit_pretrain.data.shard_index import LABEL, META, member_key
+from beit_pretrain.data.shard_tar import LABEL_BYTES, META, Member, Sample, is_image, member_key
 from beit_pretrain.data.transfer import BrokenError, MissingError, pieces
 from beit_pretrain.data.transforms import Item, View
 from beit_pretrain.errors import BeitError, ConfigError, DataError
 
 BUFFER = 1000  # undecoded samples that each reader mixes; 110 MB of ImageNet's
 
+_LARGEST = 1 << 30  # bytes of an image: a compressed shard can hold more than it has
 _SHARDS = 0x73747265616D  # salts of the order of shards, and of the samples in a buffer
 _MIXED = 0x6D69786564
 _logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class StreamDataset(IterableDataset[Any]):
 
     An image that cannot be read is replaced by the next readable one of its lane, which has its own turn too; so
     places are counted without looking at images. `samples`: how many there are, for the share of unreadable ones.
-    `timeout`: seconds to wait for a byte.
+    `timeout`: seconds to wait for a byte. `last_dot`: where a key ends in a name, else at the first one.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class StreamDataset(IterableDataset[Any]):
         max_bad: float,
         bad_log: Path | None,
         timeout: float,
+        last_dot: bool = False,
     ) -> None:
         self.urls = list(urls)
         self.samples = samples
@@ -91,6 +92,7 @@ class StreamDataset(IterableDataset[Any]):
         self.epoch = epoch
         self.start = start
         self.timeout = timeout
+        self.last_dot = last_dot
         self.bad = BadImages(indices=np.arange(samples), max_bad=max_bad, log=bad_log)
 
     def __iter__(self) -> Iterator[Any]:
@@ -166,17 +168,20 @@ class StreamDataset(IterableDataset[Any]):
         for wait in waits():
             try:
                 with closing(pieces(url, self.timeout)) as stream:
-                    for place, raw in enumerate(_samples(stream, _name(url))):
+                    for place, raw in enumerate(_samples(stream, _name(url), self.last_dot)):
                         if place == done:
                             done += 1
                             yield raw
                 return
             except MissingError as error:
                 raise DataError(f"{url}: {error}") from error
-            except tarfile.TarError as error:
-                raise DataError(f"{url} is no whole tar file ({error}) after {done} samples") from error
             except BrokenError as error:
                 reason = str(error)
+            except BeitError:
+                raise
+            except Exception as error:  # parsers of archives raise whatever they met
+                reason = str(error) or type(error).__name__
+                raise DataError(f"{url} is no whole tar file ({reason}) after {done} samples") from error
             time.sleep(wait)
         raise DataError(f"{url}: {reason}, after {done} samples")
 
@@ -266,55 +271,53 @@ class _Pieces(io.RawIOBase):
         return size
 
 
-class _Member(tarfile.TarInfo):
-    """tarfile takes whatever is no header for the end of an archive: here only the end mark is that."""
-
-    @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:  # pyright: ignore[reportIncompatibleMethodOverride]
-        try:
-            return super().fromtarfile(tarfile_)
-        except tarfile.EOFHeaderError:  # pyright: ignore[reportAttributeAccessIssue]
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from error
-
-
-def _samples(stream: Iterator[bytes], shard: str) -> Iterator[_Raw]:
+def _samples(stream: Iterator[bytes], shard: str, last_dot: bool) -> Iterator[_Raw]:
     """The samples of a tar: members that follow each other and share a key. TarError where it ends too early."""
-    key, parts = "", {}
+    sample = None
     file = io.BufferedReader(_Pieces(stream), 1 << 20)
     with tarfile.open(
-        fileobj=file, mode="r|*", tarinfo=_Member, encoding="utf-8", errors="surrogateescape"
+        fileobj=file, mode="r|*", tarinfo=Member, encoding="utf-8", errors="surrogateescape"
     ) as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # it would keep them all  # pyright: ignore[reportAttributeAccessIssue]
-            now, suffix = member_key(member.name)
-            if not (member.isreg() and suffix) or META.match(member.name):
+            key, suffix = member_key(member.name, last_dot)
+            if not suffix or META.match(member.name) or not member.isreg() or member.issparse():
                 continue
-            if now != key:
-                if parts:
-                    yield _raw(f"{shard}/{key}", parts)
-                key, parts = now, {}
-            content = tar.extractfile(member)
-            assert content is not None
-            parts.setdefault(suffix, content.read())
-    if parts:
-        yield _raw(f"{shard}/{key}", parts)
+            if sample is None or sample.key != key:
+                if sample is not None:
+                    yield from _of_sample(sample, shard)
+                sample = Sample(key)
+            if suffix == "cls":
+                sample.set_label(member.name, _content(tar, member, LABEL_BYTES))
+            elif is_image(suffix) and sample.takes(member.name, suffix):
+                if member.size > _LARGEST:
+                    sample.flaw = f"its image has {member.size} bytes, {_LARGEST} are the most"
+                else:
+                    sample.image = _content(tar, member, member.size)
+    if sample is not None:
+        yield from _of_sample(sample, shard)
 
 
-def _raw(name: str, parts: dict[str, bytes]) -> _Raw:
-    """A sample of its members by suffix: the first image, and the class number in `cls`."""
-    images = [data for suffix, data in parts.items() if f".{suffix}".endswith(SUFFIXES)]
-    label, flaw = -1, None
-    if not images:
-        flaw = f"no image ({' '.join(SUFFIXES)}) among its files"
-    if (given := parts.get("cls")) is not None:
-        if number := LABEL.fullmatch(given):
-            label = int(number[1])
-        else:
-            flaw = "its label in .cls is no class number (0, 1, 2, ...)"
-    number = zlib.crc32(name.encode("utf-8", "surrogateescape"))
-    return _Raw(name, number, images[0] if images else b"", label, flaw)
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, most: int) -> bytes:
+    content = tar.extractfile(member)
+    assert content is not None  # it is a regular file
+    return content.read(most)
+
+
+def _of_sample(sample: Sample, shard: str) -> Iterator[_Raw]:
+    """A sample, and each further image of its key for which there is no rule whether it is the one that is meant."""
+    label = -1 if sample.label is None else sample.label
+    yield _raw(f"{shard}/{sample.key}", sample.image or b"", label, sample.fault())
+    for other in sample.unclear:
+        flaw = (
+            f"it shares its key with {sample.taken}, as a key ends at the first dot of a name; "
+            "data.source.key_until=last_dot makes it a sample of its own"
+        )
+        yield _raw(f"{shard}/{other}", b"", -1, flaw)
+
+
+def _raw(name: str, image: bytes, label: int, flaw: str | None) -> _Raw:
+    return _Raw(name, zlib.crc32(name.encode("utf-8", "surrogateescape")), image, label, flaw)
 
 
 def _name(url: str) -> str:

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from beit_pretrain.data.shard_index import SPLITS, Shard, ShardIndex, key_at, read_index, scan
+from beit_pretrain.data.shard_index import SPLITS, Shard, ShardIndex, read_index
+from beit_pretrain.data.shard_tar import key_at, scan
 from beit_pretrain.errors import BeitError, DataError
 
 NAMED = 3  # samples of a shard that are named, and flaws of a set
@@ -54,7 +55,9 @@ def verify(root: str, workers: int) -> int:
     size = sum(shard.bytes for shard in index.shards) / 1e9
     if not bad:
         whole = f"{len(index.shards)} shards, {len(index.entries):,} images, {size:.2f} GB"
-        print(f"{root} is as it was written: {whole}")
+        print(
+            f"{root} is as it was written (size, SHA-256, each place, label and CRC-32; not decoded): {whole}"
+        )
         return 0
     print(
         f"{root}: {len(bad)} of {len(index.shards)} shards are not as they were written; copy these again, or remove "
@@ -78,7 +81,7 @@ def look(folder: Path, shard: Shard, rows: np.ndarray) -> list[str]:
         return [f"{shard.name}: it has {size} bytes instead of {shard.bytes}"]
     total = hashlib.sha256()
     try:
-        found, _ = scan(path, total)
+        found = scan(path, total).rows
     except DataError as error:
         return [str(error)]
     if len(found) != len(rows):
@@ -138,7 +141,7 @@ def _row(table: Table, name: str, sizes: np.ndarray, shards: list[Shard]) -> Non
 
 
 def _lines(index: ShardIndex) -> Iterator[str]:
-    labels = index.entries["label"]
+    labels = index.labels
     if not (labels >= 0).any():
         yield "no labels"
     else:
@@ -150,10 +153,14 @@ def _lines(index: ShardIndex) -> Iterator[str]:
     for key, value in index.written.items():
         if value not in (None, []):
             yield f"{key.replace('_', ' ')}: {_say(value)}"
-    for sample, reason in sorted(index.flaws.items())[:NAMED]:
+    if index.passed_over is not None:
+        example = f", such as {index.passed_over.example}" if index.passed_over.images else ""
+        yield f"images passed over: {index.passed_over.images:,}{example}"
+    flaws = index.impossible | index.flaws
+    for sample, reason in sorted(flaws.items())[:NAMED]:
         yield f"unusable: {sample} ({reason})"
-    if len(index.flaws) > NAMED:
-        yield f"unusable: {len(index.flaws) - NAMED} more"
+    if len(flaws) > NAMED:
+        yield f"unusable: {len(flaws) - NAMED} more"
 
 
 def _some(names: list[str]) -> str:
@@ -162,7 +169,8 @@ def _some(names: list[str]) -> str:
 
 def _say(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_say(entry)}" for key, entry in value.items())
+        plain = {key: len(entry) if isinstance(entry, dict) else entry for key, entry in value.items()}
+        return ", ".join(f"{key} {_say(entry)}" for key, entry in plain.items())
     if isinstance(value, list):
         return f"{len(value):,}"
     return f"{value:.1f}" if isinstance(value, float) else str(value)

@@ -24,7 +24,7 @@ from torch import Tensor
 from beit_pretrain.checkpoint import files
 from beit_pretrain.cluster.ending import die_with_parent
 from beit_pretrain.data.decode import decode
-from beit_pretrain.data.shard_index import INDEX, scan
+from beit_pretrain.data.shard_tar import INDEX, scan
 from beit_pretrain.data.sources import Source
 from beit_pretrain.errors import DataError
 
@@ -85,32 +85,23 @@ class Part:
 
 
 def prepare(content: bytes | Tensor, resize: Resize | None) -> Shrunk:
-    """A file's bytes as they are, pixels as PNG, or a JPEG of the resized picture where its shorter side is longer.
+    """A file's bytes as they are, or a JPEG of the resized picture where its shorter side is longer.
 
-    DataError for what is no image, or of a format that shards do not hold.
+    Pixels become PNG, and so do files of formats that shards do not hold. Every file is decoded: DataError, in the
+    words of the training, for what that could not read.
     """
-    if isinstance(content, Tensor):
-        if resize is None or min(content.shape[1:]) <= resize.side:
-            return Shrunk("png", _file(content, "PNG"), None)
-        return _smaller(content, resize)
-    kind, side = _look(content)
-    if resize is not None and side > resize.side:
-        return _smaller(decode(content), resize)
-    if kind not in SUFFIXES:
-        raise DataError(f"{kind} is none of the formats that shards hold ({', '.join(SUFFIXES)})")
-    return Shrunk(SUFFIXES[kind], content, None)
+    pixels = content if isinstance(content, Tensor) else decode(content)
+    if resize is not None and min(pixels.shape[1:]) > resize.side:
+        return _smaller(pixels, resize)
+    if isinstance(content, bytes) and (suffix := SUFFIXES.get(_format(content))):
+        return Shrunk(suffix, content, None)
+    return Shrunk("png", _file(pixels, "PNG"), None)
 
 
-def _look(data: bytes) -> tuple[str, int]:
-    """Format and shorter side of an image file, from its head."""
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
-            return str(image.format), min(image.size)
-    except Image.UnidentifiedImageError as error:
-        what = f"it begins with {data[:8]!r}" if data else "the file is empty"
-        raise DataError(f"no image format known ({what})") from error
-    except Exception as error:  # its parsers raise whatever they met
-        raise DataError(" ".join(str(error).split()) or type(error).__name__) from error
+def _format(data: bytes) -> str:
+    """The format of an image file that can be read."""
+    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+        return str(image.format)
 
 
 def _smaller(pixels: Tensor, resize: Resize) -> Shrunk:
@@ -159,7 +150,7 @@ def pack(
             if sys.platform == "linux":  # so that it comes from the disk when it is read back
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         total = hashlib.sha256()
-        found, flaws = scan(temporary, total)
+        found, flaws, _ = scan(temporary, total)
         if flaws or not np.array_equal(found, rows):
             raise DataError(
                 f"{path}: what was read back is not what was written: look for a faulty disk or memory, then the "
@@ -167,8 +158,9 @@ def pack(
             )
         if planned.sha256 not in (None, total.hexdigest()):
             raise DataError(
-                f"{path} would not be what it was when the others were written, so SRC has changed since: to write "
-                "all of them again remove index.json there and give --overwrite"
+                f"{path} would not be what it was when the others were written: SRC has changed since, or holds "
+                "images that cannot be read, which an earlier version put in; to write all of them again remove "
+                "index.json there and give --overwrite"
             )
         part = Part(temporary.stat().st_size, total.hexdigest(), left_out, errors, rows)
         # A record without its shard is none; a shard without a record would be nobody's.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import numpy as np
 import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from beit_pretrain.data.shard_index import Shard, ShardIndex, scan, write_index
+from beit_pretrain.data.shard_index import Shard, ShardIndex, write_index
+from beit_pretrain.data.shard_tar import scan
 
 Samples = list[dict[str, Any]]
 
@@ -58,6 +61,16 @@ def write_set(folder: Path, counts: dict[str, Sequence[int]], **index: Any) -> S
             made += content
     write_index(folder, ShardIndex(shards, np.concatenate(parts), **index))
     return made
+
+
+def archive(path: Path, members: list[tuple[str, bytes]], **settings: Any) -> Path:
+    """A tar of these members by Python's writer."""
+    with tarfile.open(path, "w", **settings) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
 
 
 def flip(path: Path, place: int) -> None:

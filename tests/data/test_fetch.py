@@ -183,7 +183,7 @@ def test_commands_files_and_fsspecs_schemes(tmp_path: Path) -> None:
 def test_no_warning_escapes(server: ShardServer) -> None:
     with warnings.catch_warnings(action="error"):
         for url in (server.url("a.tar"), "pipe:echo", "memory://bucket/none"):
-            fetch_small(url)
+            fetch_small(url, most=9)
 
 
 @pytest.mark.parametrize(
@@ -240,18 +240,20 @@ def test_a_package_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch, 
 def test_a_program_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="is read by curl, which is not there; install it"):
-        fetch_small("http://127.0.0.1:1/index.json")
+        fetch_small("http://127.0.0.1:1/index.json", most=9)
 
 
 def test_small_files_and_those_that_are_not_there(server: ShardServer, tmp_path: Path) -> None:
     server.files["index.json"] = b"{}"
     server.moods = ["cut"]
-    assert fetch_small(server.url("index.json")) == b"{}"
+    assert fetch_small(server.url("index.json"), most=9) == b"{}"
     for url in (server.url("none"), "memory://bucket/none", f"file://{tmp_path}/none", str(tmp_path)):
-        assert fetch_small(url) is None, url
+        assert fetch_small(url, most=9) is None, url
+    server.files["endless"] = bytes(5_000_000)
+    assert 9 < len(fetch_small(server.url("endless"), most=9) or b"") < 3_000_000
     server.moods = ["silent"] * 4
     with pytest.raises(DataError, match=r"index\.json cannot be read: no byte for 0\.3 s \(4 attempts\)"):
-        fetch_small(server.url("index.json"), timeout=TIMEOUT)
+        fetch_small(server.url("index.json"), most=9, timeout=TIMEOUT)
 
 
 # --- room ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from data import tars
 
-from beit_pretrain.data.shard_index import INDEX, Shard, ShardIndex, key_at, read_index, scan, write_index
+from beit_pretrain.data.shard_index import Shard, ShardIndex, parse_index, read_index, write_index
+from beit_pretrain.data.shard_tar import INDEX, key_at, scan
 from beit_pretrain.data.shards import ShardSource
 from beit_pretrain.errors import DataError
 
@@ -29,7 +30,7 @@ SUFFIX = ("jpg", "png", "jpeg", "webp")
 
 def check(path: Path) -> tuple[np.ndarray, list[tuple[int, str]]]:
     """A tar's scan, after it was compared with webdataset's reader."""
-    rows, flaws = scan(path)
+    rows, flaws, _ = scan(path)
     truth = tars.read([path])
     data = path.read_bytes()
     assert rows.dtype == INDEX and len(rows) == len(truth)
@@ -44,15 +45,6 @@ def check(path: Path) -> tuple[np.ndarray, list[tuple[int, str]]]:
             assert label == (int(sample["cls"]) if "cls" in sample else -1)
             assert key_at(file.fileno(), offset) == sample["__key__"]
     return rows, flaws
-
-
-def archive(path: Path, members: list[tuple[str, bytes]], **settings: Any) -> Path:
-    with tarfile.open(path, "w", **settings) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def test_the_samples_are_those_that_webdataset_reads(tmp_path: Path) -> None:
@@ -85,7 +77,7 @@ def test_names_of_any_length_and_script_in_folders_and_with_dots(tmp_path: Path,
     for number, stem in enumerate(stems):
         members += [(f"{stem}.{SUFFIX[number % 4].upper()}", bytes([number]) * (number * 300 + 1))]
         members += [(f"{stem}.CLS", str(number).encode())]
-    rows, flaws = check(archive(tmp_path / "a.tar", members, format=form))
+    rows, flaws = check(tars.archive(tmp_path / "a.tar", members, format=form))
     assert rows["label"].tolist() == list(range(len(stems))) and flaws == []
 
 
@@ -112,7 +104,7 @@ def test_hidden_names_and_meta_data_belong_to_no_sample(tmp_path: Path) -> None:
         ("README", b"x"),
         ("b.jpg", b"image"),
     ]
-    rows, flaws = check(archive(tmp_path / "a.tar", members))
+    rows, flaws = check(tars.archive(tmp_path / "a.tar", members))
     assert rows["size"].tolist() == [5] and flaws == []
 
 
@@ -132,7 +124,7 @@ def test_a_sample_that_is_unusable_keeps_its_place_with_the_reason(
     tmp_path: Path, members: list[tuple[str, bytes]], reason: str, label: int
 ) -> None:
     around = [("0.jpg", b"first"), ("0.cls", b" 1\n"), *members, ("z.jpg", b"last"), ("z.cls", b"2")]
-    rows, flaws = check(archive(tmp_path / "a.tar", around))
+    rows, flaws = check(tars.archive(tmp_path / "a.tar", around))
     assert rows["label"].tolist() == [1, label, 2]
     ((row, said),) = flaws
     assert row == 1 and re.search(reason, said)
@@ -146,7 +138,7 @@ def test_the_first_image_of_a_sample_counts_wherever_the_label_stands(tmp_path: 
         ("a.jpg", b"second"),
         ("b.jpg", b"x"),
     ]
-    rows, flaws = scan(archive(tmp_path / "a.tar", members))
+    rows, flaws, _ = scan(tars.archive(tmp_path / "a.tar", members))
     assert rows[["size", "label"]].tolist() == [(5, 3), (1, -1)] and flaws == []
 
 
@@ -161,7 +153,7 @@ def test_a_tar_that_is_cut_anywhere_is_refused(tmp_path: Path, form: int) -> Non
         ("d/" * 70 + "1.jpg", b"j" * 10),
         ("2.jpg", b"k" * 1024),
     ]
-    whole = archive(tmp_path / "whole.tar", members, format=form)
+    whole = tars.archive(tmp_path / "whole.tar", members, format=form)
     data = whole.read_bytes()
     end = -(-len(data.rstrip(b"\0")) // 512) * 512  # of the last member; the end mark begins here
     assert len(scan(whole)[0]) == 3
@@ -258,9 +250,9 @@ def test_a_damaged_index_is_refused_in_one_line(tmp_path: Path) -> None:
         ({"shards": [shard]}, "are not 5 in all"),
         (
             {"shards": [shard, shard | {"name": "../a.tar", "samples": 2}]},
-            r"no shard '\.\./a\.tar' of 'train' can be",
+            r"'\.\./a\.tar' is no name of a shard",
         ),
-        ({"shards": [shard, shard | {"split": "dev", "samples": 2}]}, "of 'dev' can be"),
+        ({"shards": [shard, shard | {"split": "dev", "samples": 2}]}, "'dev' is none of train, val, test"),
         ({"shards": 3}, r"is damaged \(TypeError"),
         ({"flaws": [[5, "x"]]}, "is damaged"),
         ({"sha256": "0"}, r"index\.npy is damaged, or not that of its index\.json"),
@@ -313,9 +305,136 @@ def test_a_million_samples_are_opened_at_once_in_little_memory(tmp_path: Path) -
 
 
 def test_ten_thousand_files_are_scanned_quickly(tmp_path: Path) -> None:
-    path = archive(
+    path = tars.archive(
         tmp_path / "a.tar", [(f"{n:09d}.{s}", b"12") for n in range(5_000) for s in ("jpg", "cls")]
     )
     began = time.process_time()
     assert len(scan(path)[0]) == 5_000
     assert time.process_time() - began < 5  # some 0.7 s where nothing else runs
+
+
+# --- whoever made it may mean harm --------------------------------------------------------------------------
+
+NAMES = ["", ".", "..", ".a.tar", "-rf", "a/b.tar", "../a.tar", "/a.tar", "a\0.tar", "a\n.tar", "a b.tar"]
+NAMES += [
+    "a.tar;touch x #",
+    "$(x).tar",
+    "`x`.tar",
+    "a.tar?b",
+    "a.tar#b",
+    "a%2e.tar",
+    "\x1b[2J.tar",
+    "a" * 201,
+]
+
+
+@pytest.mark.parametrize("name", [*NAMES, 5, None, [], {}, True], ids=repr)
+def test_a_name_that_is_no_plain_one_is_none_of_a_shard(tmp_path: Path, name: Any) -> None:
+    tars.write_set(tmp_path, {"train": [2]})
+    (shard,) = json.loads((tmp_path / "index.json").read_text())["shards"]
+    change(tmp_path, shards=[shard | {"name": name}])
+    with pytest.raises(DataError, match=r"index\.json is damaged \(ValueError: .* is no name of a shard"):
+        read_index(tmp_path)
+
+
+def test_a_forged_index_is_one_error_with_its_name(tmp_path: Path) -> None:
+    tars.write_set(tmp_path, {"train": [2]})
+    path = tmp_path / "index.json"
+    whole = path.read_text()
+    (shard,) = json.loads(whole)["shards"]
+    forged: list[dict[str, Any]] = [{"class_names": names} for names in (5, "ab", [1, 2], [None], {"a": 1})]
+    forged += [{"samples": count} for count in (2.0, "2", True, None, 1e999)]
+    numbers = (-1, 2**63, 10**400, 1.5, "1", None, True)
+    forged += [{"shards": [shard | {key: count}]} for key in ("samples", "bytes") for count in numbers]
+    forged += [{"shards": [shard | {"samples": 2**62}] * 3, "samples": 3 * 2**62}]
+    forged += [
+        {"shards": [shard | {"sha256": 5}]},
+        {"shards": [[]]},
+        {"shards": {"a": 1}},
+        {"shards": [None]},
+    ]
+    forged += [{"flaws": flaws} for flaws in (5, [5], [["0", "x"]], [[-1, "x"]], [[0]], [[2, "x"]])]
+    forged += [{"written": 5}, {"written": [1]}, {"passed_over": 5}, {"passed_over": {"images": -1}}]
+    for entries in forged:
+        path.write_text(json.dumps(json.loads(whole) | entries))
+        with pytest.raises(DataError, match=r"^[^\n]*index\.json is damaged \([^\n]{1,300}$"):
+            read_index(tmp_path)
+    for text in ("[" * 100_000, '{"a":' * 100_000, "[]", "5", "null", '"x"', "", "\xff", whole[:-3]):
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(DataError, match=r"^[^\n]*index\.json is damaged \([^\n]{1,300}$"):
+            read_index(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=r"index\.json is no file"):
+        read_index(tmp_path)
+
+
+def test_an_index_beyond_its_bound_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tars.write_set(tmp_path, {"train": [2]})
+    data = (tmp_path / "index.json").read_bytes()
+    monkeypatch.setattr("beit_pretrain.data.shard_index.MOST_BYTES", len(data) - 1)
+    with pytest.raises(DataError, match=r"index\.json has more than \d+ bytes"):
+        read_index(tmp_path)
+    with pytest.raises(DataError, match=r"^there has more than \d+ bytes"):
+        parse_index(data, "there")
+
+
+def entries_of(folder: Path, entries: Any) -> None:
+    """Puts an index.npy there that the index.json agrees with."""
+    content = io.BytesIO()
+    np.save(content, entries, allow_pickle=True)
+    (folder / "index.npy").write_bytes(content.getvalue())
+    change(folder, sha256=hashlib.sha256(content.getvalue()).hexdigest())
+
+
+def test_forged_entries_are_one_error_and_are_not_run(tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> Any:
+            return (tmp_path / "harm").write_text, ("x",)
+
+    tars.write_set(tmp_path, {"train": [2]})
+    below = np.zeros(2, INDEX)
+    below["label"] = -2
+    for entries in ([Harm(), Harm()], np.zeros(2), np.zeros((2, 1), INDEX), np.zeros(3, INDEX), below):
+        entries_of(tmp_path, np.array(entries, dtype=object) if isinstance(entries, list) else entries)
+        with pytest.raises(DataError, match=r"^[^\n]*index\.npy (is damaged|does not hold the 2 entries)"):
+            read_index(tmp_path)
+    for data in (b"", b"PK\3\4", b"\x93NUMPY\1\0\xff\xff" + b"(" * 65535, b"\x93NUMPY\1\0\2\0{}"):
+        (tmp_path / "index.npy").write_bytes(data)
+        change(tmp_path, sha256=hashlib.sha256(data).hexdigest())
+        with pytest.raises(DataError, match=r"^[^\n]*index\.npy is damaged"):
+            read_index(tmp_path)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_places_beyond_a_shard_are_unreadable_images_in_no_memory(tmp_path: Path) -> None:
+    tars.write_set(tmp_path, {"train": [2]})
+    for offset in (2**64 - 1, 2**63, 2**63 - 1, 10**9):
+        entries = np.zeros(2, INDEX)
+        entries["offset"], entries["size"] = offset, 2**32 - 1
+        entries_of(tmp_path, entries)
+        source = ShardSource(root=str(tmp_path))
+        tracemalloc.start()
+        try:
+            with pytest.raises(DataError, match=r"^shard train-000000\.tar is cut short: "):
+                source.read(0)
+            assert source.name(0) == "train-000000.tar, sample 0" and tracemalloc.get_traced_memory()[1] < 1e6
+        finally:
+            tracemalloc.stop()
+
+
+def test_a_label_that_can_number_no_classes_is_a_flaw_and_no_list_of_names(tmp_path: Path) -> None:
+    members = [("0.jpg", b"x"), ("0.cls", b"999999999"), ("1.jpg", b"y"), ("1.cls", b"1")]
+    path = tars.archive(tmp_path / "a.tar", members)
+    tracemalloc.start()
+    try:
+        source = ShardSource(root=str(path))
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    assert (
+        source.labels is not None and source.labels.tolist() == [-1, 1] and source.class_names == ["0", "1"]
+    )
+    with pytest.raises(DataError, match=r"^its label 999999999 is no class number: 999999 is the highest"):
+        source.read(0)
+    assert source.read(1) == b"y"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import multiprocessing
 import os
@@ -19,9 +20,10 @@ from data.shard_server import ShardServer, serving
 from torch.utils.data import DataLoader, Dataset
 
 from beit_pretrain.data import shards as shards_module
-from beit_pretrain.data.shard_index import scan
+from beit_pretrain.data.shard_tar import scan
 from beit_pretrain.data.shards import ShardSource
 from beit_pretrain.errors import ConfigError, DataError
+from beit_pretrain.tools.shards import show
 
 COUNTS = {"train": [4, 0, 3], "val": [2], "test": [1]}
 
@@ -319,11 +321,11 @@ def test_an_interrupted_index_goes_on_with_the_shards_it_lacks(
         tars.write(tmp_path / f"{number}.tar", tars.samples(2, start=2 * number))
     scanned: list[str] = []
 
-    def counted(path: Path) -> Any:
+    def counted(path: Path, **settings: Any) -> Any:
         scanned.append(path.name)
         if len(scanned) == 3:
             raise KeyboardInterrupt
-        return scan(path)
+        return scan(path, **settings)
 
     monkeypatch.setattr("beit_pretrain.data.shard_sets.scan", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -340,11 +342,11 @@ def test_processes_at_once_make_one_index(tmp_path: Path, monkeypatch: pytest.Mo
     processes = multiprocessing.get_context("fork")
     begin, scans, found = processes.Barrier(3), processes.Value("i", 0), processes.Queue()
 
-    def slow(path: Path) -> Any:
+    def slow(path: Path, **settings: Any) -> Any:
         with scans:
             scans.value += 1
         time.sleep(0.1)
-        return scan(path)
+        return scan(path, **settings)
 
     def rank() -> None:
         begin.wait(30)
@@ -368,6 +370,67 @@ def test_a_cache_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
         ConfigError, match=r"^data\.source\.cache=.*/file/x cannot be written to \(Not a directory\); "
     ):
         ShardSource(root=f"{tmp_path}/a.tar", cache=str(tmp_path / "file/x"))
+
+
+# --- keys with several images -------------------------------------------------------------------------------
+
+
+def photos(path: Path, names: list[str]) -> Path:
+    return tars.archive(path, [(name, name.encode()) for name in names])
+
+
+def test_dots_in_names_lose_no_image_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"photo.2020-01-0{n}.jpg" for n in range(1, 7)]
+    members = [*((name, name.encode()) for name in names), ("photo.2020-01-06.cls", b"4")]
+    path = tars.archive(tmp_path / "x.tar", members)
+    for cache in (None, str(tmp_path / "cache")):
+        with pytest.raises(DataError, match=r"^5 of 6 images \(83\.3%\) .* such as photo\.2020.*key_until="):
+            ShardSource(root=str(path), cache=cache)
+        capsys.readouterr()
+        source = ShardSource(root=str(path), cache=cache, key_until="last_dot")
+        assert (
+            read(source) == [name.encode() for name in names] and "passed over" not in capsys.readouterr().err
+        )
+        assert source.labels is not None and source.labels.tolist() == [-1] * 5 + [4]
+        assert source.name(5) == "x.tar:photo.2020-01-06"
+    with pytest.raises(ConfigError, match=r"^data\.source\.key_until=first: set it to last_dot, or to null"):
+        ShardSource(root=str(path), key_until="first")
+    tars.write_set(tmp_path / "set", {"train": [2]})
+    with pytest.raises(ConfigError, match=r"the index in data\.root=\S+ says what the samples are"):
+        ShardSource(root=str(tmp_path / "set"), key_until="last_dot")
+
+
+def test_images_that_are_passed_over_are_told_once_and_kept_in_the_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos(tmp_path / "a.tar", [f"{n}{end}" for n in range(4) for end in (".depth.png", ".jpg")])
+    photos(tmp_path / "b.tar", ["9.a.jpg", "9.b.jpg", *(f"x{n}.jpg" for n in range(95))])
+    settings: dict[str, Any] = {"root": f"{tmp_path}/*.tar", "cache": str(tmp_path / "cache")}
+    source = ShardSource(**settings)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "passed over" in line]
+    assert line.startswith("5 of 105 images (4.8%) are passed over, such as 9.b.jpg: ")
+    assert read(source)[:5] == [b"0.jpg", b"1.jpg", b"2.jpg", b"3.jpg", b"9.a.jpg"]
+    ShardSource(**settings)
+    assert capsys.readouterr().err == "" and source.index.passed_over == (5, 1, "9.b.jpg")
+    (path,) = (tmp_path / "cache").glob("index-*/index.json")
+    show(str(path.parent))
+    assert "images passed over: 5, such as 9.b.jpg" in capsys.readouterr().out.splitlines()
+    content = json.loads(path.read_text())
+    del content["passed_over"]  # as earlier versions wrote it
+    path.write_text(json.dumps(content))
+    assert read(ShardSource(**settings)) == read(source)
+    assert "is of an earlier version" in capsys.readouterr().err
+
+
+def test_the_name_of_a_shard_is_made_of_plain_letters(tmp_path: Path) -> None:
+    for name in ("a;b c$(d).tar", "-x.tar", "\x1b[2J.tar"):
+        photos(tmp_path / name, ["0.jpg"])
+    settings: dict[str, Any] = {"root": f"{tmp_path}/*.tar", "cache": str(tmp_path / "cache")}
+    for _ in range(2):
+        source = ShardSource(**settings)
+        assert {source.name(n) for n in range(3)} == {"__2J.tar:0", "_x.tar:0", "c__d_.tar:0"}
 
 
 # --- shards from afar ---------------------------------------------------------------------------------------
@@ -440,3 +503,20 @@ def test_reading_from_shards_costs_little(tmp_path: Path) -> None:
     for index in np.random.default_rng(0).permutation(200).tolist() * 5:
         source.read(index)
     assert time.process_time() - began < 1  # 1,000 reads, some 0.1 ms each; an image takes 4 ms to decode
+
+
+def test_names_in_a_remote_index_are_no_commands(tmp_path: Path) -> None:
+    tars.write_set(tmp_path / "set", {"train": [2]})
+    path = tmp_path / "set/index.json"
+    whole = path.read_text()
+    for name in (f"train-000000.tar;touch {tmp_path}/harm #", "$(touch harm).tar", "../x.tar", "-x.tar"):
+        path.write_text(whole.replace("train-000000.tar", name))
+        for cache in (None, str(tmp_path / "cache")):
+            with pytest.raises(DataError, match=r"index\.json is damaged .* is no name of a shard"):
+                ShardSource(root=f"pipe:cat {tmp_path}/set/", cache=cache, cache_gb=0.001)
+    assert not (tmp_path / "harm").exists()
+    path.write_text(whole)
+    assert (
+        len(read(ShardSource(root=f"pipe:cat {tmp_path}/set/", cache=str(tmp_path / "c"), cache_gb=0.001)))
+        == 2
+    )

@@ -323,6 +323,31 @@ def test_a_missing_package_ends_the_run_in_one_line(monkeypatch: pytest.MonkeyPa
 # --- what a tar holds ---------------------------------------------------------------------------------------
 
 
+def test_images_of_a_key_without_a_rule_are_noted_and_one_of_a_plain_name_comes_first(tmp_path: Path) -> None:
+    names = ["0.depth.png", "0.png", "1.a.png", "1.b.png", "1.c.png", "2.png", "2.seg.png"]
+    (tmp_path / "a.tar").write_bytes(tar({name: picture(n) for n, name in enumerate(names)}))
+    shades_of = {None: {1, 2, 5}, "last_dot": set(range(7))}
+    for key_until, expected in shades_of.items():
+        log = tmp_path / f"{key_until}.csv"
+        settings = {"micro_batch_size": 7, "steps_per_epoch": 1, "last_dot": key_until is not None}
+        (batch,) = make_dataset([str(tmp_path / "a.tar")], bad_log=log, **settings)
+        assert {int(image[0]) for image in batch.image} == expected
+        assert log.exists() == (key_until is None)
+    found = noted(tmp_path / "None.csv")
+    assert {name for name, _ in found} == {"a.tar/1.b.png", "a.tar/1.c.png"}
+    assert all("key_until=last_dot" in reason for _, reason in found)
+
+
+def test_an_image_beyond_the_bound_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.tar").write_bytes(tar({"0.png": bytes(3_000_000), "1.png": picture(1)}))
+    subprocess.run(["gzip", "-9", tmp_path / "a.tar"], check=True)
+    monkeypatch.setattr("beit_pretrain.data.stream._LARGEST", 1_000_000)
+    log = tmp_path / "bad.csv"
+    list(make_dataset([str(tmp_path / "a.tar.gz")], bad_log=log, steps_per_epoch=1))
+    ((name, reason),) = noted(log)
+    assert name.endswith("/0") and reason == "its image has 3000000 bytes, 1000000 are the most"
+
+
 def test_samples_are_those_that_webdataset_finds(tmp_path: Path) -> None:
     long = "folder/with a long name, é " + "x" * 120
     members: dict[str, bytes] = {
@@ -366,7 +391,7 @@ def test_samples_are_those_that_webdataset_finds(tmp_path: Path) -> None:
             assert {int(number) for batch in batches for number in batch.sample} == set(expected)
         assert {(bad.partition("/")[2], reason.partition(" (")[0]) for bad, reason in noted(log)} == {
             ("005", "no image"),
-            ("006", "its label in .cls is no class number"),
+            ("006", "its label 006.cls is no class number"),
         }
 
 

@@ -28,7 +28,7 @@ import pytest
 import torch
 import webdataset
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, features
 
 from beit_pretrain.compose import compose
 from beit_pretrain.data.decode import decode
@@ -38,7 +38,7 @@ from beit_pretrain.data.sources import Digits
 from beit_pretrain.errors import BeitError, ConfigError, DataError
 from beit_pretrain.tools import shards_plan
 from beit_pretrain.tools.app import app
-from beit_pretrain.tools.shards_pack import PARTS, Planned, pack
+from beit_pretrain.tools.shards_pack import PARTS, SUFFIXES, Planned, pack
 from beit_pretrain.tools.shards_write import write
 
 IMAGES = 130  # in `folder`: 100 to train on and 30 for validation
@@ -300,36 +300,68 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> dict[int, bytes | None]:
     return instead
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (None, "Input/output error"),
-        (b"", "no image format known (the file is empty)"),
-        (b"<html>no image", "no image format known (it begins with b'<html>no')"),
-        (b"\x00\x00\x01\x00", "ICO is none of the formats that shards hold"),
-    ],
-    ids=["error", "empty", "text", "another format"],
-)
+def picture(kind: str, seed: int = 0) -> bytes:
+    content = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(content, kind)
+    return content.getvalue()
+
+
+def flipped(data: bytes) -> bytes:
+    """With other bits in the middle."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :]
+
+
+UNREADABLE: dict[str, bytes | None] = {
+    "error": None,
+    "empty": b"",
+    "text": b"<html>no image",
+    "cut PNG": picture("PNG")[:-1500],
+    "cut JPEG": picture("JPEG")[:-300],
+    "cut WebP": picture("WEBP")[:-300],
+    "flipped TIFF": flipped(picture("TIFF")[:-3000]),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
 def test_an_image_that_cannot_be_read_is_left_out_and_named(
     folder: Path,
     tmp_path: Path,
     unreadable: dict[int, bytes | None],
     capsys: pytest.CaptureFixture[str],
-    content: bytes | None,
-    reason: str,
+    kind: str,
 ) -> None:
-    if content is not None and content.startswith(b"\x00"):
-        icon = io.BytesIO()
-        Image.new("RGB", (16, 16)).save(icon, "ICO")
-        content = icon.getvalue()
-    unreadable[17] = content
+    """In the words of the training."""
+    unreadable[17] = content = UNREADABLE[kind]
+    reason = os.strerror(errno.EIO)
+    if content is not None:
+        with pytest.raises(DataError) as refused:
+            decode(content)
+        reason = str(refused.value)
     assert run(folder, tmp_path / "out", samples=50) == 0
     index = read_index(tmp_path / "out")
-    [[number, name, why]] = index.written["left_out"]
-    assert (number, name) == (17, str(files_of(folder)[17])) and why.startswith(reason)
+    assert index.written["left_out"] == [[17, str(files_of(folder)[17]), reason]]
     assert len(index.entries) == IMAGES - 1 == sum(shard.samples for shard in index.shards)
     assert "000000017.cls" not in members(tmp_path / "out", "train")
-    assert f"left out, because they cannot be read: 1\n  {name}: {reason}" in capsys.readouterr().out
+    assert (
+        f"left out, because they cannot be read: 1\n  {files_of(folder)[17]}: {reason}"
+        in capsys.readouterr().out
+    )
+
+
+def test_a_format_that_shards_do_not_hold_becomes_png(
+    folder: Path, tmp_path: Path, unreadable: dict[int, bytes | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(SUFFIXES, "WEBP")  # whatever Pillow can do here
+    given = {18: picture("WEBP"), 19: picture("AVIF") if features.check("avif") else picture("WEBP", 1)}
+    unreadable.update(given)
+    assert run(folder, tmp_path / "out", samples=50) == 0
+    content = members(tmp_path / "out", "train")
+    for number, data in given.items():
+        written = content[f"{number:09d}.png"]
+        assert written.startswith(b"\x89PNG") and torch.equal(decode(written), decode(data))
+    assert read_index(tmp_path / "out").written["left_out"] == []
 
 
 def test_too_many_that_cannot_be_read_are_no_set_until_they_are_mended(
@@ -357,9 +389,7 @@ def test_a_shard_of_which_nothing_is_left_is_a_tar_too(tmp_path: Path) -> None:
     part = pack(
         planned, np.array([3]), source=source, out=tmp_path, resize=None, note=lambda images, written: None
     )
-    assert part.left_out == [[3, "digit 3", "no image format known (the file is empty)"]] and not len(
-        part.rows
-    )
+    assert part.left_out == [[3, "digit 3", "the file is empty"]] and not len(part.rows)
     assert members(tmp_path, "train") == {}
 
 
