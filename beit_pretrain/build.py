@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig, OmegaConf
@@ -26,8 +26,9 @@ from beit_pretrain.data.tokens import TokenCache
 from beit_pretrain.data.transforms import LANCZOS, RESIZE_IMPLEMENTATION
 from beit_pretrain.devices import accelerator, defers_jitter, nodes, processes
 from beit_pretrain.errors import BeitError, ConfigError
-from beit_pretrain.origins import load_strictly, load_weights
+from beit_pretrain.origins import check_fit, load_strictly, load_weights
 from beit_pretrain.stages.base import Stage
+from beit_pretrain.tokenizer import TrainableTokenizer
 from beit_pretrain.wording import pair
 
 LABELLED = ("classify", "probe")  # stages that learn from a label for each image
@@ -119,10 +120,16 @@ def build_tokenizer(cfg: DictConfig, key: str = "tokenizer.checkpoint") -> nn.Mo
 
     `key` is what messages call the checkpoint.
     """
-    tokenizer = make(cfg.tokenizer, drop=("name", "checkpoint", "cache", "views"))
-    if cfg.stage.name != "tokenizer" and cfg.tokenizer.get("checkpoint"):
-        saved = record.read(Path(cfg.tokenizer.checkpoint), key=key)
-        load_strictly(tokenizer, record.part(saved, "tokenizer", key=key), key)
+    drop = ("name", "checkpoint", "cache", "views")
+    if cfg.stage.name == "tokenizer" or not cfg.tokenizer.get("checkpoint"):
+        return make(cfg.tokenizer, drop)
+    weights = record.part(record.read(Path(cfg.tokenizer.checkpoint), key=key), "tokenizer", key=key)
+    if issubclass(get_class(cfg.tokenizer._target_), TrainableTokenizer):
+        # Options from a file do not decide how much memory is taken before its weights are seen to fit.
+        with torch.device("meta"):
+            check_fit(make(cfg.tokenizer, drop), weights, key)
+    tokenizer = make(cfg.tokenizer, drop)
+    load_strictly(tokenizer, weights, key)
     return tokenizer
 
 
@@ -218,11 +225,14 @@ def make(node: DictConfig, drop: Sequence[str] = ("name",), **more: Any) -> Any:
     """Instantiate a node without the keys that only the configuration uses; its lists are plain lists."""
     container = OmegaConf.to_container(node, resolve=True)
     assert isinstance(container, dict)
+    options = {k: v for k, v in container.items() if k not in drop and k not in more}
     try:
-        return instantiate({k: v for k, v in container.items() if k not in drop and k not in more}, **more)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, BeitError):
-            raise error.__cause__ from error
-        if isinstance(error.__cause__, TypeError) and "unexpected keyword argument" in str(error.__cause__):
-            raise ConfigError(f"{container['_target_']}: {error.__cause__}; leave that option out") from error
+        # `more` is not for Hydra: it would resolve texts such as a class's name, and build what looks like a node.
+        return instantiate({**options, "_partial_": True})(**more)
+    except (InstantiationException, TypeError) as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) else error
+        if isinstance(cause, BeitError):
+            raise cause from error
+        if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
+            raise ConfigError(f"{container['_target_']}: {cause}; leave that option out") from error
         raise

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -107,7 +108,7 @@ def complete(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         _check_groups(cfg, explicit)
         try:
             if cfg.stage is not None and "_target_" in cfg.stage:
-                adopt_checkpoints(cfg, explicit)
+                adopt_checkpoints(cfg, explicit, node_of)
             name = default_name(cfg) if cfg.name is None else cfg.name
         except OmegaConfBaseException as error:
             raise ConfigError(_explain(error, overrides)) from error
@@ -158,6 +159,31 @@ def flat_keys(node: Any, prefix: str = "") -> Iterator[str]:
 def choices(group: str) -> list[str]:
     """What can be chosen for a group."""
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def choice_of(group: str, target: Any) -> str | None:
+    """The choice of a group whose yaml names the class `target`.
+
+    For what a file says of itself: its classes are compared with those of the yaml files here and never imported.
+    """
+    for name in choices(group):
+        content = yaml.safe_load((config_dir() / group / f"{name}.yaml").read_text(encoding="utf-8"))
+        if isinstance(target, str) and content["_target_"] == target:
+            return name
+    return None
+
+
+def node_of(group: str, target: Any) -> dict[str, Any]:
+    """The composed node of the choice of a group that names this class, as plain containers; empty without one."""
+    register_resolvers()
+    choice = choice_of(group, target)
+    node = (
+        {}
+        if choice is None
+        else OmegaConf.to_container(_composed([f"{group}={choice}"])[group], resolve=True)
+    )
+    assert isinstance(node, dict)
+    return {str(key): value for key, value in node.items()}
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from beit_pretrain.checkpoint import files, record
-from beit_pretrain.compose import flat_keys
 from beit_pretrain.errors import BeitError, CheckpointError, ConfigError
 
 HEARTBEAT = 15.0  # seconds between touches of the lock
@@ -83,9 +83,12 @@ def _under(key: str, roots: tuple[str, ...]) -> bool:
     return any(key == root or key.startswith(root + ".") for root in roots)
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    cfg = OmegaConf.create(config)
-    return {k: v for k in flat_keys(cfg) if not isinstance(v := OmegaConf.select(cfg, k), DictConfig)}
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and values of plain containers, lists being values; what a file holds is not resolved."""
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:

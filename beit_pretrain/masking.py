@@ -15,6 +15,7 @@ import numpy as np
 
 from beit_pretrain.errors import ConfigError
 
+MOST_PATCHES = 2**16  # of a grid: what a block can be at each corner is listed for all of them
 TRIES = 10  # draws for one block before the mask is taken as finished; the authors' value
 
 
@@ -183,6 +184,8 @@ def _count_faults(grid: Sequence[int], count: int) -> list[str]:
     rows, cols = grid
     patches = rows * cols
     size = f"the grid of {rows} x {cols} = {patches} patches"
+    if patches > MOST_PATCHES:
+        return [f"{size} is larger than any encoder's: set a smaller image_size or a larger patch size"]
     if patches < 2:
         return [f"{size} cannot be masked: set a larger image_size or a smaller patch size"]
     if not isinstance(count, int):

@@ -206,6 +206,12 @@ def _classes(about: Mapping[str, Any]) -> list[str] | None:
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], key: str) -> None:
     """`load_state_dict`, with every key that does not fit named in one line."""
+    check_fit(module, state, key)
+    module.load_state_dict(state)
+
+
+def check_fit(module: nn.Module, state: Mapping[str, Tensor], key: str) -> None:
+    """CheckpointError, in one line, if `state` has not precisely the names and shapes of the module."""
     own = module.state_dict()
     faults = [f"{name} is missing" for name in own.keys() - state.keys()]
     faults += [f"{name} has no place" for name in state.keys() - own.keys()]
@@ -216,4 +222,3 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], key: str) -> N
     ]
     if faults:
         raise CheckpointError(f"{key}: the weights do not fit: {'; '.join(sorted(faults))}")
-    module.load_state_dict(state)

@@ -10,6 +10,7 @@ import pickle
 import re
 import socket
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,9 @@ from torch import Tensor
 from beit_pretrain.errors import CheckpointError
 
 STALE_AFTER = 3600  # seconds without a change after which a temporary file counts as abandoned
+STRETCH = 4  # bytes of tensors for each byte of their file: some share their memory
+ROOM = 2**20  # bytes that those of a small file may have beyond that
+VALUES = 20_000_000  # values in a file; an optimiser's state has some thousand
 
 
 def resolve(path: Path, key: str = "") -> Path:
@@ -64,14 +68,54 @@ def read(path: Path, key: str = "") -> dict[str, Any]:
         if head[8:9] == b"{":  # safetensors: eight bytes of header length, then JSON
             return dict(safetensors.torch.load_file(path))
         zipped = head.startswith(b"PK\x03\x04")
+        if zipped and _packed(path):
+            raise CheckpointError(
+                f"{given}: holds compressed entries, which torch.save does not write: give the file that it wrote"
+            )
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{given}: {refusal(error)}") from error
     except Exception as error:  # a damaged file can make the readers raise nearly anything
         raise CheckpointError(f"{given}: {_damage(head)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{given}: holds a {type(content).__name__}, not a dictionary of weights")
+    if (name := _stretched(content, path.stat().st_size)) is not None:
+        raise CheckpointError(
+            f"{given}: {name} is larger than the file, which is damaged or made to fill memory"
+        )
     return content
+
+
+def _packed(path: Path) -> bool:
+    """Whether a zip file unpacks to more than it is; torch writes every entry as it is."""
+    with zipfile.ZipFile(path) as file:
+        entries = file.infolist()
+    compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    return compressed or sum(entry.file_size for entry in entries) > path.stat().st_size
+
+
+def _stretched(content: Any, size: int) -> str | None:
+    """The name of a tensor that a file of `size` bytes does not hold: one number can stand for a billion.
+
+    Copies of it, and a model of its shape, would take memory that nobody expects of such a file.
+    """
+    values, room, todo = VALUES, STRETCH * size + ROOM, [("content", content)]
+    while todo:
+        name, value = todo.pop()
+        values -= 1
+        if isinstance(value, Tensor):
+            room -= value.numel() * value.element_size()
+        elif isinstance(value, Mapping):
+            values -= len(value)
+            todo += [(str(key), inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            values -= len(value)
+            todo += [(name, inner) for inner in value]
+        if values < 0 or room < 0:
+            return name
+    return None
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from beit_pretrain.checkpoint import files, foreign
+from beit_pretrain.checkpoint import files, foreign, stored
 from beit_pretrain.checkpoint.places import Found, locate
 from beit_pretrain.errors import CheckpointError
 
@@ -108,13 +108,23 @@ def read(source: str | Path, *, key: str) -> dict[str, Any]:
     """A checkpoint of ours, or what a file of others is as one of ours (`checkpoint/foreign`).
 
     `source` is a run folder, a file, or what else `places` knows; `key` is the config key that it came from.
-    Raises CheckpointError if there is none, or none of a BEiT.
+    Raises CheckpointError if there is none, none of a BEiT, or one whose record is not plain data (`stored`).
     """
+    given = f"{key}={source}"
     file, facts = file_of(source, key=key)
     content = foreign.content(file, key=key)
-    if "beit_pretrain" in content:
-        return content
-    return foreign.read(content, file, facts, given=f"{key}={source}")
+    if "beit_pretrain" not in content:
+        content = foreign.read(content, file, facts, given=given)
+    check(content, given)
+    return content
+
+
+def check(content: Mapping[str, Any], given: str) -> None:
+    """CheckpointError if a file that begins like one of ours does not say of itself what ours say; see `stored`."""
+    state = content.get("state_dict")
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{given} holds no weights: give another checkpoint")
+    stored.check_record(content["beit_pretrain"], state, given)
 
 
 def file_of(source: str | Path, *, key: str) -> tuple[Path, dict[str, Any]]:

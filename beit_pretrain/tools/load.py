@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
-from beit_pretrain.build import make
 from beit_pretrain.checkpoint import record
 from beit_pretrain.checkpoint.adapt import Layout, adapt
+from beit_pretrain.checkpoint.stored import ENCODER
 from beit_pretrain.data.decode import to_tensor
 from beit_pretrain.data.transforms import EvalView
 from beit_pretrain.errors import CheckpointError, ConfigError
@@ -23,7 +22,7 @@ from beit_pretrain.models.beit import Beit
 from beit_pretrain.models.heads import ClassHead, MIMHead
 from beit_pretrain.models.upernet import SegmentationHead
 from beit_pretrain.models.whole import Classifier, Headless, MaskedImageModel, Segmenter
-from beit_pretrain.origins import grid_of, load_strictly, part_weights
+from beit_pretrain.origins import check_fit, grid_of, load_strictly, part_weights
 from beit_pretrain.stages.segment import default_blocks
 from beit_pretrain.tools.images import read_image
 from beit_pretrain.wording import bracket, either, pair
@@ -115,10 +114,14 @@ def load(
             f"{key}={path} is of stage={stage}, which is used by other tools: give a run of stage={either(STAGES)}"
         )
     state = part_weights(saved, ("encoder", "head"), weights)
-    size = pair(config["image_size"]) if image_size is None else pair(image_size)
+    trained_at = pair(config["image_size"])
+    size = trained_at if image_size is None else pair(image_size)
     labels = about["preprocessing"].get("class_names")
-    model = _empty(config, state, size, blocks)
-    if list(size) != list(pair(config["image_size"])):
+    # What the file says is seen to fit its weights before memory is taken for it.
+    with torch.device("meta"):
+        check_fit(_empty(config, state, trained_at, blocks, f"{key}={path}"), state, f"{key}={path}")
+    model = _empty(config, state, size, blocks, f"{key}={path}")
+    if size != trained_at:
         source, target = Layout(grid=grid_of(config)), Layout(grid=model.encoder.grid)
         state, _ = adapt(state, model.state_dict(), source=source, target=target)
     load_strictly(model, state, f"{key}={path}")
@@ -153,11 +156,15 @@ def pixels_of(picture: Picture) -> Tensor:
 
 
 def _empty(
-    config: dict[str, Any], state: dict[str, Tensor], size: Sequence[int], blocks: Sequence[int] | None
+    config: dict[str, Any],
+    state: dict[str, Tensor],
+    size: Sequence[int],
+    blocks: Sequence[int] | None,
+    given: str,
 ) -> Model:
     """The model of a configuration without its weights; how many classes or ids there are is in the weights."""
-    node, stage = dict(config["model"]), config["stage"]
-    encoder: Beit = make(DictConfig(node), drop=("name", "image_size"), image_size=(size[0], size[1]))
+    stage = config["stage"]
+    encoder = _encoder(config["model"], size, given)
     if stage["name"] == "encoder":
         return Headless(encoder)
     if stage["name"] == "pretrain":
@@ -173,6 +180,22 @@ def _empty(
     if len(looked_at) != 4 or not all(0 <= block < encoder.depth for block in looked_at):
         raise ConfigError(f"blocks={bracket(looked_at)}: give four numbers from 0 to {encoder.depth - 1}")
     return Segmenter(encoder, head, looked_at)
+
+
+def _encoder(node: Mapping[str, Any], size: Sequence[int], given: str) -> Beit:
+    """The encoder that a checkpoint's options describe, whatever class they name."""
+    if node.get("_target_") != ENCODER:
+        raise CheckpointError(
+            f"{given} has an encoder of the class {node.get('_target_')}, and {ENCODER} is the one known here: give "
+            "another checkpoint"
+        )
+    options = {name: value for name, value in node.items() if name not in ("_target_", "name", "image_size")}
+    try:
+        return Beit(image_size=(size[0], size[1]), **options)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{given} has an encoder that cannot be built ({error}): give another checkpoint"
+        ) from error
 
 
 def _three(

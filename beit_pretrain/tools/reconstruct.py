@@ -26,6 +26,7 @@ from beit_pretrain.sheets import draw_columns
 from beit_pretrain.stages.pretrain import painted
 from beit_pretrain.tokenizer import Tokenizer
 from beit_pretrain.tools.images import count, device_of, list_unreadable, outputs, printable, read_image
+from beit_pretrain.tools.known import known_masking, known_tokenizer
 from beit_pretrain.tools.load import Loaded, load
 from beit_pretrain.wording import times
 
@@ -61,7 +62,7 @@ def reconstruct(
             "stage=pretrain"
         )
     painter = _tokenizer(checkpoint, loaded, tokenizer).eval().to(where)
-    mask = _mask(loaded)
+    mask = _mask(loaded, f"{KEY}={checkpoint}")
     print(f"{count(len(todo))}, {_hidden(mask)}", flush=True)
     unreadable, hidden, right = [], 0, 0
     for position, (target, path) in enumerate(todo.items()):
@@ -108,11 +109,11 @@ def _look(loaded: Loaded, tokenizer: Tokenizer, pixels: Tensor, mask: Tensor) ->
     return _Seen(columns, len(predicted), int((predicted == ids[hidden]).sum()))
 
 
-def _mask(loaded: Loaded) -> MaskGenerator:
+def _mask(loaded: Loaded, given: str) -> MaskGenerator:
     """The masks that the model was trained with; the paper's where it does not say."""
-    if node := loaded.about["config"].get("masking"):
-        return make(DictConfig(node))
     rows, columns = loaded.encoder.grid
+    if node := loaded.about["config"].get("masking"):
+        return make(DictConfig({**known_masking(node, given), "grid": [rows, columns]}))
     hidden = max(1, round(SHARE * rows * columns))
     return BlockwiseMask(grid=(rows, columns), count=hidden, min_block=min(MIN_BLOCK, hidden))
 
@@ -161,7 +162,7 @@ def _node(checkpoint: str, loaded: Loaded, given: str | None) -> dict[str, Any]:
             raise CheckpointError(
                 f"{OPTION}={given} is of stage={config['stage']['name']}: give a run of stage=tokenizer, or {DALLE}"
             )
-        return {**config["tokenizer"], "checkpoint": given}
+        return {**known_tokenizer(config["tokenizer"], f"{OPTION}={given}"), "checkpoint": given}
     node = loaded.about["config"].get("tokenizer")
     if node is None:
         raise CheckpointError(
@@ -169,12 +170,12 @@ def _node(checkpoint: str, loaded: Loaded, given: str | None) -> dict[str, Any]:
             f"stage=tokenizer, or to {DALLE}, that of the published BEiT"
         )
     path = node.get("checkpoint")
-    if path and not Path(path).expanduser().exists():
+    if path and not Path(str(path)).expanduser().exists():
         raise CheckpointError(
             f"{KEY}={checkpoint} was trained with the tokenizer of {path}, which is not there: set {OPTION} to where "
             "it is now"
         )
-    return node
+    return known_tokenizer(node, f"{KEY}={checkpoint}")
 
 
 def _same_weights(checkpoint: str, loaded: Loaded, tokenizer: Tokenizer, what: str) -> None:

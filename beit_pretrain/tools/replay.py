@@ -7,13 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from beit_pretrain.build import SUPERVISED, build_stage
-from beit_pretrain.checkpoint import files
+from beit_pretrain.checkpoint import files, record
 from beit_pretrain.errors import CheckpointError
+from beit_pretrain.origins import load_strictly
 from beit_pretrain.stages.base import step_seed
+from beit_pretrain.tools.known import known_run
 
 
 def replay(path: Path) -> int:
@@ -21,15 +22,15 @@ def replay(path: Path) -> int:
     saved = files.read(path)
     if "batches" not in saved:
         raise CheckpointError(f"{path} is no kept step: give a file of a run's bad_steps folder")
-    cfg = DictConfig(saved["beit_pretrain"]["config"])
+    record.check(saved, str(path))
+    cfg = known_run(saved["beit_pretrain"]["config"], str(path))
     if cfg.stage.name == "probe":
         raise CheckpointError(
             f"{path} is a step of linear classifiers, whose frozen encoder is not in the file"
         )
     names = saved["beit_pretrain"]["preprocessing"]["class_names"]
     stage = build_stage(cfg, names if cfg.stage.name in SUPERVISED else None)
-    own = stage.state_dict()
-    stage.load_state_dict({**own, **saved["state_dict"]})
+    load_strictly(stage, {**stage.state_dict(), **saved["state_dict"]}, str(path))
     stage.train()
     seen: list[str] = []
     for name, module in stage.named_modules():

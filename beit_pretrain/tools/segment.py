@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 from torch import Tensor
 
-from beit_pretrain.build import make
 from beit_pretrain.checkpoint import files
 from beit_pretrain.dense import Sliding
 from beit_pretrain.errors import CheckpointError, DataError
@@ -20,11 +18,15 @@ from beit_pretrain.label_maps import label_png, overlay
 from beit_pretrain.models.whole import Segmenter
 from beit_pretrain.tools.images import count, device_of, list_unreadable, outputs, read_image
 from beit_pretrain.tools.load import Loaded, load
+from beit_pretrain.wording import bracket
 
 KEY = "CHECKPOINT"
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --multi-scale: those of the published scores
 ENDINGS = (".overlay.png", ".labels.png")
 NAMED = 3  # classes in an image's line
+# What a run's own prediction may ask of memory and time; the published scores have scales up to 1.75 and strides of
+# two thirds of the crop.
+LARGEST_SCALE, MOST_WINDOWS, DENSEST = 8, 1024, 32
 
 
 def segment(
@@ -55,7 +57,7 @@ def segment(
     names = loaded.labels or [str(i) for i in range(model.head.decode_head.conv_seg.out_channels)]
     # Whether the classes of its data set's files begin at 1 (0 is none).
     shift = bool(loaded.about["preprocessing"].get("reduce_zero_label"))
-    sliding = _sliding(loaded, multi_scale=multi_scale, whole=whole)
+    sliding = _sliding(loaded, f"{KEY}={checkpoint}", multi_scale=multi_scale, whole=whole)
     print(f"{count(len(todo))}; {sliding.describe()}", flush=True)
 
     def scores(pixels: Tensor) -> Tensor:
@@ -78,13 +80,13 @@ def segment(
     return list_unreadable(unreadable)
 
 
-def _sliding(loaded: Loaded, *, multi_scale: bool, whole: bool) -> Sliding:
+def _sliding(loaded: Loaded, given: str, *, multi_scale: bool, whole: bool) -> Sliding:
     """The prediction as the run has it, but for what is asked for here; of other programs with windows of its size."""
     node = loaded.about["config"]["stage"].get("predict")
     if node is None:
         trained = Sliding(crop=loaded.preprocess.image_size, patch_size=loaded.encoder.patch_size)
     else:
-        trained = make(DictConfig(node))
+        trained = _trained(node, given)
     one_window = whole or trained.mode == "whole"
     return Sliding(
         crop=trained.crop,
@@ -95,6 +97,27 @@ def _sliding(loaded: Loaded, *, multi_scale: bool, whole: bool) -> Sliding:
         flip=multi_scale or trained.flip,
         windows=trained.windows,
     )
+
+
+def _trained(node: Any, given: str) -> Sliding:
+    """The prediction of a run's configuration; CheckpointError if it is none, or one that no machine has room for."""
+    try:
+        sliding = Sliding(**{name: value for name, value in node.items() if name != "_target_"})
+    except (TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{given} has a stage.predict that is none ({error}): give another checkpoint"
+        ) from error
+    sides = zip(sliding.stride, sliding.crop, strict=True)
+    if (
+        max(sliding.scales) > LARGEST_SCALE
+        or sliding.windows > MOST_WINDOWS
+        or any(step * DENSEST < side for step, side in sides)
+    ):
+        raise CheckpointError(
+            f"{given} was made to predict with scales={bracket(sliding.scales)}, windows={sliding.windows} and stride="
+            f"{bracket(sliding.stride)} of {bracket(sliding.crop)}, more than any needs: give another checkpoint"
+        )
+    return sliding
 
 
 def _write(

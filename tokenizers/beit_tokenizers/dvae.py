@@ -16,6 +16,8 @@ from beit_pretrain.errors import ConfigError
 from beit_pretrain.tokenizer import TrainableTokenizer
 from beit_tokenizers.views import check_view, size_of
 
+MOST_LAYERS, MOST_BLOCKS = 10, 256  # 1,024 pixels per token; blocks cost memory and time each
+
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions and a 1x1 beside an identity."""
@@ -69,7 +71,7 @@ class DVae(TrainableTokenizer):
         dead_below: float = 0.03,
     ) -> None:
         super().__init__()
-        _check(temperature_start, temperature_end, temperature_steps, vocab_size, use_window)
+        _check(temperature_start, temperature_end, temperature_steps, vocab_size, use_window, layers, blocks)
         self.vocab_size = vocab_size
         self.stride = 2**layers
         self.image_size = size_of(image_size, self.stride)
@@ -202,7 +204,15 @@ def _perplexity(counts: Tensor) -> Tensor:
     return torch.special.entr(share).sum().exp()
 
 
-def _check(start: float, end: float, steps: int | None, vocab_size: int, use_window: int) -> None:
+def _check(
+    start: float,
+    end: float,
+    steps: int | None,
+    vocab_size: int,
+    use_window: int,
+    layers: int,
+    blocks: int,
+) -> None:
     """Refuse settings that cannot be meant, all at once."""
     faults = []
     if not 0 < end <= start:
@@ -213,6 +223,9 @@ def _check(start: float, end: float, steps: int | None, vocab_size: int, use_win
         faults.append(f"tokenizer.temperature_steps={steps} must be 0 (no annealing) or more, or null")
     if vocab_size < 2:
         faults.append(f"tokenizer.vocab_size={vocab_size} must be at least 2")
+    for name, count, least, most in (("layers", layers, 1, MOST_LAYERS), ("blocks", blocks, 0, MOST_BLOCKS)):
+        if not least <= count <= most:
+            faults.append(f"tokenizer.{name}={count} must be {least} to {most}")
     if use_window < 1:
         faults.append(f"tokenizer.use_window={use_window} must be at least 1 step")
     if faults:
