@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from beit_pretrain.checkpoint import record
 from beit_pretrain.checkpoint.adapt import CLASSIFIER, Layout, Report, adapt, class_difference
+from beit_pretrain.checkpoint.finite import counted, not_finite
 from beit_pretrain.errors import CheckpointError
 from beit_pretrain.stages.base import Stage
 from beit_pretrain.wording import bracket, pair, show
@@ -205,7 +206,7 @@ def _classes(about: Mapping[str, Any]) -> list[str] | None:
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], key: str) -> None:
-    """`load_state_dict`, with every key that does not fit named in one line."""
+    """`load_state_dict`, with every key that does not fit named in one line; weights must be finite."""
     own = module.state_dict()
     faults = [f"{name} is missing" for name in own.keys() - state.keys()]
     faults += [f"{name} has no place" for name in state.keys() - own.keys()]
@@ -216,4 +217,8 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], key: str) -> N
     ]
     if faults:
         raise CheckpointError(f"{key}: the weights do not fit: {'; '.join(sorted(faults))}")
+    if spoilt := not_finite(state):
+        raise CheckpointError(
+            f"{key}: the weights hold {counted(spoilt)}: give a checkpoint from before the training went wrong"
+        )
     module.load_state_dict(state)

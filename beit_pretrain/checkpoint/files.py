@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import pickle
 import re
 import socket
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -49,7 +51,8 @@ def read(path: Path, key: str = "") -> dict[str, Any]:
     """What a PyTorch or safetensors file (or a run folder's checkpoint) holds, on the CPU.
 
     The format is told from the content. Only tensors and plain containers are accepted; anything else in a
-    pickle is refused before it can run. Tensors of zip and safetensors files are mapped, not copied.
+    pickle is refused before it can run. Tensors of zip and safetensors files are mapped, not copied. Zip files, as
+    torch.save and therefore `write` make them, hold checksums of all their content, which are compared.
     """
     path = resolve(path, key)
     given = f"{key}={path}" if key else str(path)
@@ -64,7 +67,13 @@ def read(path: Path, key: str = "") -> dict[str, Any]:
         if head[8:9] == b"{":  # safetensors: eight bytes of header length, then JSON
             return dict(safetensors.torch.load_file(path))
         zipped = head.startswith(b"PK\x03\x04")
+        if zipped and (altered := _altered(path)):
+            raise CheckpointError(
+                f"{given}: is damaged: {altered} is not what was written (CRC-32); copy it again"
+            )
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{given}: {refusal(error)}") from error
     except Exception as error:  # a damaged file can make the readers raise nearly anything
@@ -72,6 +81,21 @@ def read(path: Path, key: str = "") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{given}: holds a {type(content).__name__}, not a dictionary of weights")
     return content
+
+
+def _altered(path: Path) -> str:
+    """The first part of a zip file that does not have its checksum, or nothing."""
+    about = path.stat()
+    return _compared(path, about.st_ino, about.st_size, about.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _compared(path: Path, *_: int) -> str:
+    """`_altered` of a file in this state, once in a process: a run reads its start several times."""
+    with zipfile.ZipFile(path) as archive:
+        if not any(entry.CRC for entry in archive.infolist()):
+            return ""  # torch can be told to write none
+        return archive.testzip() or ""
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
