@@ -6,7 +6,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -42,7 +42,9 @@ class _Stage(Protocol):
     @property
     def total_steps(self) -> int: ...
 
-    def own_state(self) -> dict[str, Tensor]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def own_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 
 
 class SaveCheckpoints(Checkpoint):
@@ -139,7 +141,7 @@ class SaveCheckpoints(Checkpoint):
         if self._owed:
             return False
         states = (optimizer.state_dict() for optimizer in trainer.optimizers)
-        faults = not_finite({**stage.own_state(), **moments(states)})
+        faults = not_finite({**stage.own_state(stage.state_dict()), **moments(states)})
         spoilt = bool(faults)
         if trainer.world_size > 1:
             spoilt = trainer.strategy.reduce_boolean_decision(spoilt, all=False)
@@ -238,8 +240,8 @@ def go_on_from(folder: Path, *, main: bool) -> Path | None:
         return good
     if good is None:
         raise CheckpointError(
-            f"a run can go on from none of the {len(faults)} checkpoints in {folder} "
-            f"({next(iter(faults.values()))}): put a copy of one there, or start anew with overwrite=true or another name="
+            f"a run can go on from none of the {len(faults)} checkpoints in {folder} ({next(iter(faults.values()))}): "
+            "put a copy of one there, or start anew with overwrite=true or another name="
         )
     if main:
         for path, fault in faults.items():

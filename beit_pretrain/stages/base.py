@@ -245,7 +245,7 @@ class Stage(LightningModule, ABC):
                 step=step,
                 rank=self.global_rank,
                 batches=self._batches,
-                state=self._without_frozen(self.trainer.strategy.lightning_module_state_dict()),
+                state=self.own_state(self.trainer.strategy.lightning_module_state_dict()),
                 record=self.record,
                 precision=str(self.trainer.precision),
             )
@@ -324,11 +324,7 @@ class Stage(LightningModule, ABC):
 
     # --- checkpoints -----------------------------------------------------------------------------------------
 
-    def own_state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the model, as it lies on this rank."""
-        return self._without_frozen(self.state_dict())
-
-    def _without_frozen(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def own_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {k: v for k, v in state.items() if k.split(".")[0] not in self.frozen}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -336,7 +332,7 @@ class Stage(LightningModule, ABC):
         state = checkpoint["state_dict"]
         # Statistics were merged after Lightning had collected the state.
         state |= {name: value for name, value in self.named_buffers() if name in state}
-        checkpoint["state_dict"] = self._without_frozen(state)
+        checkpoint["state_dict"] = self.own_state(state)
         # The place in the run is arithmetic on the step; Lightning's loop counters would say less and bind the
         # file to one batch split.
         del checkpoint["loops"]

@@ -24,7 +24,8 @@ def trainer(step: int, loss: float | None, *, refused: int = 0, weight: float = 
     stage = SimpleNamespace(
         bad_steps=torch.tensor([9, refused]),
         total_steps=1000,
-        own_state=lambda: {"first": torch.ones(2), "second": torch.tensor([1.0, weight])},
+        state_dict=lambda: {"first": torch.ones(2), "second": torch.tensor([1.0, weight])},
+        own_state=lambda state: state,
     )
 
     metrics = {} if loss is None else {"val/loss": torch.tensor(loss)}
@@ -148,11 +149,15 @@ def test_what_is_not_finite_ends_the_run_and_is_not_written(tmp_path: Path, wher
         optimizer.state[parameter]["exp_avg_sq"][1] = float("nan")
     spoilt.optimizers = [optimizer]
     named = {"weights": "second", "moments": "exp_avg_sq of head.weight"}[where]
-    with pytest.raises(TrainingError, match=rf"step 7: .*1 tensor, first in {named}\) .*no good checkpoint in"):
+    with pytest.raises(
+        TrainingError, match=rf"step 7: .*1 tensor, first in {named}\) .*no good checkpoint in"
+    ):
         saver.save(spoilt)
     assert written(tmp_path) == []
     files.write(tmp_path / "step-00000005.ckpt", {"state_dict": {}})
-    with pytest.raises(TrainingError, match="The last good checkpoint is .*step-00000005.ckpt; try a lower"):
+    with pytest.raises(
+        TrainingError, match=r"The last good checkpoint is .*step-00000005\.ckpt; try a lower"
+    ):
         saver.save(spoilt)
 
 

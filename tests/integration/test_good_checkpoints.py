@@ -117,7 +117,7 @@ def test_a_signal_and_damage_cost_steps_and_no_bits(
     (Path("runs/damaged") / "results.json").unlink()
     for path in (newest, before):
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="none of the 2 checkpoints .*34.ckpt: is empty"):
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .*34\.ckpt: is empty"):
         go("damaged", "checkpoint.every_steps=3")
 
 
@@ -127,7 +127,11 @@ def test_a_signal_and_damage_cost_steps_and_no_bits(
         ("weights", "1", r"step 9: .*first in encoder\.cls_token.* good checkpoint is .*step-00000008\.ckpt"),
         ("moments", "1", r"step 9: .*first in exp_avg of .* good checkpoint is .*step-00000008\.ckpt"),
         # With all moments at once the next update is accepted and spoils the weights.
-        ("moments", "null", r"9 steps in a row .* at step 18\. There is no good checkpoint in .*checkpoints;"),
+        (
+            "moments",
+            "null",
+            r"9 steps in a row .* at step 18\. There is no good checkpoint in .*checkpoints;",
+        ),
     ],
 )
 def test_nothing_spoilt_is_saved_and_the_last_good_checkpoint_is_named(
