@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from beit_pretrain.checkpoint import record
 from beit_pretrain.checkpoint.adapt import CLASSIFIER, Layout, Report, adapt, class_difference
+from beit_pretrain.checkpoint.finite import counted, not_finite
 from beit_pretrain.errors import CheckpointError
 from beit_pretrain.stages.base import Stage
 from beit_pretrain.wording import bracket, pair, show
@@ -205,8 +206,12 @@ def _classes(about: Mapping[str, Any]) -> list[str] | None:
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], key: str) -> None:
-    """`load_state_dict`, with every key that does not fit named in one line."""
+    """`load_state_dict`, with every key that does not fit named in one line; weights must be finite."""
     check_fit(module, state, key)
+    if spoilt := not_finite(state):
+        raise CheckpointError(
+            f"{key}: the weights hold {counted(spoilt)}: give a checkpoint from before the training went wrong"
+        )
     module.load_state_dict(state)
 
 

@@ -21,7 +21,7 @@ from beit_pretrain import checks
 from beit_pretrain.build import SUPERVISED, build_data, build_run, make
 from beit_pretrain.checkpoint import files, record
 from beit_pretrain.checkpoint.adapt import Report
-from beit_pretrain.checkpoint.saving import last_checkpoint
+from beit_pretrain.checkpoint.saving import go_on_from, step_of
 from beit_pretrain.cluster import events
 from beit_pretrain.cluster.environment import from_rank_zero, process_group
 from beit_pretrain.cluster.launch import launched, restarts
@@ -104,15 +104,12 @@ def _open(
             print(f"{folder.path} goes on with: {'; '.join(harmless)}")
     if (done := folder.finished()) is not None:
         return done, None
-    resume = last_checkpoint(folder.path / "checkpoints") if cfg.mode == "fit" else None
-    if rank_zero_only.rank == 0:
-        _not_for_ever(cfg, folder, _step(resume) or 0)
+    main = rank_zero_only.rank == 0
+    resume = go_on_from(folder.path / "checkpoints", main=main) if cfg.mode == "fit" else None
+    if main:
+        _not_for_ever(cfg, folder, step_of(resume) if resume else 0)
         folder.write_config(config)
     return None, resume
-
-
-def _step(checkpoint: Path | None) -> int | None:
-    return int(checkpoint.stem.removeprefix("step-")) if checkpoint else None
 
 
 def _not_for_ever(cfg: DictConfig, folder: RunFolder, step: int) -> None:
@@ -141,7 +138,7 @@ def _train(
     """Fit, from the checkpoint `resume` on, or with mode=evaluate score `init_from` on the held-out images."""
     began, earlier = time.monotonic(), _earlier_seconds(folder.path)
     with open_dict(cfg):
-        cfg.resume_step = _step(resume)
+        cfg.resume_step = step_of(resume) if resume else None
     if cfg.mode == "evaluate":
         _forward_only(cfg, processes(cfg))
     stage, data, trainer, report = build_run(cfg, config, signals)

@@ -188,6 +188,39 @@ def test_raw_weights_and_their_average_are_told_apart(tuned: Path, mode: str) ->
         check(compose([*CLASSIFY, f"init_from={tuned}", "init_weights=exp"]))
 
 
+def test_weights_that_are_not_finite_are_refused_where_they_are_used(
+    pretrained: Path, tuned: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    def spoil(run: Path, *names: str) -> Path:
+        saved = files.read(run)
+        for name in names:
+            saved["state_dict"][name] = saved["state_dict"][name].clone()
+            saved["state_dict"][name].view(-1)[-1] = float("-inf")
+        files.write(tmp_path / f"{run.name}.ckpt", saved)
+        return tmp_path / f"{run.name}.ckpt"
+
+    names = ("encoder.blocks.1.mlp.fc1.bias", "encoder.cls_token", "head.lm_head.bias")
+    cfg = compose([*CLASSIFY, f"init_from={spoil(pretrained, *names)}"])
+    # The head is not taken over, so it does not count.
+    with pytest.raises(
+        CheckpointError, match=r"init_from.* in 2 tensors, first in cls_token: give"
+    ) as caught:
+        load_weights(build_stage(cfg, list("abc")), cfg, list("abc"))
+    assert "\n" not in str(caught.value)
+    name = next(name for name in files.read(tokenizer)["state_dict"] if name.startswith("tokenizer.decoder"))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.checkpoint.* in 1 tensor, first in decoder"):
+        build_stage(compose(pretrain(spoil(tokenizer, name))))
+    average = spoil(tuned, "ema.module.encoder.cls_token")
+    for which, fails in (("raw", False), ("ema", True)):
+        cfg = compose([*CLASSIFY, f"init_from={average}", f"init_weights={which}"])
+        stage = build_stage(cfg, list("0123456789"))
+        if fails:
+            with pytest.raises(CheckpointError, match="NaN or infinity in 1 tensor"):
+                load_weights(stage, cfg, list("0123456789"))
+        else:
+            load_weights(stage, cfg, list("0123456789"))
+
+
 def test_an_average_that_was_not_kept_cannot_be_had(pretrained: Path) -> None:
     says = "init_weights=ema, but the checkpoint of init_from keeps no running average: set init_weights=raw"
     with pytest.raises(CheckpointError, match=says):

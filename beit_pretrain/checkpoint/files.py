@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import pickle
@@ -53,7 +54,8 @@ def read(path: Path, key: str = "") -> dict[str, Any]:
     """What a PyTorch or safetensors file (or a run folder's checkpoint) holds, on the CPU.
 
     The format is told from the content. Only tensors and plain containers are accepted; anything else in a
-    pickle is refused before it can run. Tensors of zip and safetensors files are mapped, not copied.
+    pickle is refused before it can run. Tensors of zip and safetensors files are mapped, not copied. Zip files, as
+    torch.save and therefore `write` make them, hold checksums of all their content, which are compared.
     """
     path = resolve(path, key)
     given = f"{key}={path}" if key else str(path)
@@ -71,6 +73,10 @@ def read(path: Path, key: str = "") -> dict[str, Any]:
         if zipped and _packed(path):
             raise CheckpointError(
                 f"{given}: holds compressed entries, which torch.save does not write: give the file that it wrote"
+            )
+        if zipped and (altered := _altered(path)):
+            raise CheckpointError(
+                f"{given}: is damaged: {altered} is not what was written (CRC-32); copy it again"
             )
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
     except CheckpointError:
@@ -116,6 +122,21 @@ def _stretched(content: Any, size: int) -> str | None:
         if values < 0 or room < 0:
             return name
     return None
+
+
+def _altered(path: Path) -> str:
+    """The first part of a zip file that does not have its checksum, or nothing."""
+    about = path.stat()
+    return _compared(path, about.st_ino, about.st_size, about.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _compared(path: Path, *_: int) -> str:
+    """`_altered` of a file in this state, once in a process: a run reads its start several times."""
+    with zipfile.ZipFile(path) as archive:
+        if not any(entry.CRC for entry in archive.infolist()):
+            return ""  # torch can be told to write none
+        return archive.testzip() or ""
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

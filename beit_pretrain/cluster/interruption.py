@@ -14,7 +14,7 @@ from beit_pretrain.cluster.signals import Interrupted, Signals
 
 
 class _Saver(Protocol):
-    def save(self, trainer: Trainer) -> None: ...
+    def save(self, trainer: Trainer) -> int: ...
 
 
 class Interruption(Callback):
@@ -61,14 +61,14 @@ class Interruption(Callback):
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
         if not asked:
             return
-        if save:
-            cast(_Saver, trainer.checkpoint_callback).save(trainer)
+        # None is written while updates are refused: the run then goes on from an earlier step.
+        saved = cast(_Saver, trainer.checkpoint_callback).save(trainer) if save else trainer.global_step
         interrupted = Interrupted(
             # A rank that has had none ends for another one's; which it was matters on rank 0, for the exit code.
             self.signals.received or signal.SIGTERM,
             requeue=self.signals.requeue,
             run_dir=self.run_dir,
-            step=trainer.global_step,
+            step=saved,
             ranks=trainer.world_size,
         )
         self._record(trainer, "signal", interrupted.name)

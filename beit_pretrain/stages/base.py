@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from beit_pretrain import optim
-from beit_pretrain.checkpoint import files, record
+from beit_pretrain.checkpoint import files, record, saving
 from beit_pretrain.errors import CheckpointError, TrainingError
 from beit_pretrain.stages.bad_steps import keep_bad_step
 from beit_pretrain.stages.gradients import scale_and_clip
@@ -245,7 +245,7 @@ class Stage(LightningModule, ABC):
                 step=step,
                 rank=self.global_rank,
                 batches=self._batches,
-                state=self._own_state(self.trainer.strategy.lightning_module_state_dict()),
+                state=self.own_state(self.trainer.strategy.lightning_module_state_dict()),
                 record=self.record,
                 precision=str(self.trainer.precision),
             )
@@ -256,9 +256,8 @@ class Stage(LightningModule, ABC):
         if in_a_row >= self.max_bad_steps:
             raise TrainingError(
                 f"{in_a_row} steps in a row without a finite loss and gradient (stage.max_bad_steps="
-                f"{self.max_bad_steps}), the last at step {step}. The last good checkpoint in "
-                f"{self.run_dir / 'checkpoints'} is untouched; try a lower stage.optim.lr, stage.optim.clip, or "
-                "trainer.precision=32."
+                f"{self.max_bad_steps}), the last at step {step}. {saving.last_good(self.run_dir / 'checkpoints')}; "
+                "try a lower stage.optim.lr, stage.optim.clip, or trainer.precision=32."
             )
 
     def _log_step(self, step: int) -> None:
@@ -325,7 +324,7 @@ class Stage(LightningModule, ABC):
 
     # --- checkpoints -----------------------------------------------------------------------------------------
 
-    def _own_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def own_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {k: v for k, v in state.items() if k.split(".")[0] not in self.frozen}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -333,7 +332,7 @@ class Stage(LightningModule, ABC):
         state = checkpoint["state_dict"]
         # Statistics were merged after Lightning had collected the state.
         state |= {name: value for name, value in self.named_buffers() if name in state}
-        checkpoint["state_dict"] = self._own_state(state)
+        checkpoint["state_dict"] = self.own_state(state)
         # The place in the run is arithmetic on the step; Lightning's loop counters would say less and bind the
         # file to one batch split.
         del checkpoint["loops"]

@@ -13,6 +13,7 @@ from rich.tree import Tree
 from torch import Tensor
 
 from beit_pretrain.checkpoint import files, record
+from beit_pretrain.checkpoint.finite import counted, not_finite
 from beit_pretrain.errors import CheckpointError
 from beit_pretrain.origins import AVERAGE, grid_of
 from beit_pretrain.stages.segment import default_blocks
@@ -143,6 +144,8 @@ def _file(path: Path, saved: Mapping[str, Any]) -> Iterator[Row]:
     if len(parts) == 1:  # as frozen weights are remembered: without the part's name
         own = {name.partition(".")[2]: value for name, value in own.items()}
     yield "weights", files.weight_hash(own)
+    if spoilt := not_finite(state):
+        yield "spoilt", f"{counted(spoilt)}: refused wherever weights are used"
     average = ["ema"] if any(name.startswith(AVERAGE) for name in state) else []
     yield "kept", ", ".join(["raw", *average, *(["optimiser"] if saved.get("optimizer_states") else [])])
     yield from _frozen(about)

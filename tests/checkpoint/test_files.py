@@ -56,6 +56,50 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["a.ckpt"]
 
 
+def test_a_bit_that_flipped_anywhere_is_noticed_or_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    content = {"state_dict": state(), "step": 1234, "names": ["a", None]}
+    files.write(path, content)
+    whole, read, refused = path.read_bytes(), 0, 0
+    for place in range(len(whole)):
+        broken = bytearray(whole)
+        broken[place] ^= 1 << place % 8
+        path.unlink()
+        path.write_bytes(broken)
+        try:
+            back = files.read(path)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+            refused += 1
+            continue
+        read += 1
+        assert same(back.pop("state_dict"), content["state_dict"]), place
+        assert back == {"step": 1234, "names": ["a", None]}, place
+    # Between the parts lie zeros, and headers say twice what they say.
+    assert read > 100 and refused > 100
+
+
+def test_what_is_damaged_says_which_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    files.write(path, {"weight": torch.ones(64)})
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"\0\0\x80\x3f" * 64, b"\0\0\x80\x3f" * 63 + b"\0\0\x80\xbf"))
+    with pytest.raises(CheckpointError, match=rf"^{KEY}=.*a\.ckpt: is damaged: \S+/data/0 is not .*CRC-32"):
+        files.read(path, KEY)
+    path.write_bytes(whole)
+    assert files.read(path, KEY)["weight"].sum() == 64, "another file under the same name"
+
+
+def test_files_without_checksums_are_read(tmp_path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state(), tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert same(files.read(tmp_path / "a.pth"), state())
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_both_pytorch_formats_are_read_by_content_whatever_they_are_called(
     tmp_path: Path, zipped: bool

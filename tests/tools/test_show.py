@@ -213,6 +213,23 @@ def test_a_file_of_the_authors(tmp_path: Path, shown: Any) -> None:
     assert not re.search(r"\b(recipe|commit|versions|data|score) ", out)
 
 
+def test_weights_that_are_not_finite_are_shown_and_not_used(tmp_path: Path, shown: Any) -> None:
+    folder = save_classifier(tmp_path / "tuned")
+    assert " spoilt " not in shown(folder)
+    saved = files.read(folder)
+    saved["state_dict"]["head.head.weight"] = torch.full_like(
+        saved["state_dict"]["head.head.weight"], float("nan")
+    )
+    files.write(tmp_path / "nan.ckpt", saved)
+    assert fact(shown(tmp_path / "nan.ckpt"), "spoilt").startswith(
+        "NaN or infinity in 1 tensor, first in head.head."
+    )
+    with pytest.raises(
+        CheckpointError, match=r"nan\.ckpt: the weights hold NaN or infinity in 1 tensor, first in head"
+    ):
+        load(tmp_path / "nan.ckpt")
+
+
 def test_eighty_columns_of_a_terminal_hold_everything(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
