@@ -192,11 +192,34 @@ def warmup_poly(
     return value
 
 
+def warmup_length(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Updates of the warm-up."""
+    if recipe.warmup_steps is not None:
+        return recipe.warmup_steps
+    return round(recipe.warmup_epochs * steps_per_epoch)
+
+
+def warmup_remark(recipe: Recipe, *, epochs: int, steps_per_epoch: int) -> str:
+    """What to say of a warm-up that a training does not outlast, or nothing."""
+    total = epochs * steps_per_epoch
+    warmup = warmup_length(recipe, steps_per_epoch)
+    if not warmup or warmup < total:
+        return ""
+    if recipe.warmup_steps is None:
+        key, given, better = "warmup_epochs", f"{recipe.warmup_epochs:g}", f"{epochs / 10:g}"
+    else:
+        key, given, better = "warmup_steps", str(recipe.warmup_steps), str(total // 10)
+    highest = max(learning_rate(recipe, step, steps_per_epoch, total) for step in range(total))
+    return (
+        f"stage.optim.{key}={given} is a warm-up of {warmup:,} updates, and stage.epochs={epochs} are {total:,}: the "
+        f"training ends within it, its learning rate is at most {highest:.2g} (stage.optim.lr={recipe.lr:g}); set "
+        f"stage.optim.{key}={better}"
+    )
+
+
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """The learning rate of a group of scale 1 at `step`."""
-    warmup_steps = recipe.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = round(recipe.warmup_epochs * steps_per_epoch)
+    warmup_steps = warmup_length(recipe, steps_per_epoch)
     if recipe.schedule == "poly":
         return warmup_poly(
             step,

@@ -13,6 +13,7 @@ from beit_pretrain.checkpoint.adapt import CLASSIFIER, Layout, Report, adapt, cl
 from beit_pretrain.checkpoint.finite import counted, not_finite
 from beit_pretrain.errors import CheckpointError
 from beit_pretrain.stages.base import Stage
+from beit_pretrain.tokenizer import collapse
 from beit_pretrain.wording import bracket, pair, show
 
 # What two encoders must have in common for the weights of one to fit into the other.
@@ -56,6 +57,14 @@ def start_faults(cfg: DictConfig, explicit: Collection[str]) -> Faults:
             )
         elif saved and stage != "tokenizer":
             yield from _agrees(cfg, saved, explicit)
+
+
+def start_remarks(cfg: DictConfig) -> Iterator[str]:
+    """What one should know of the checkpoints of a training before it begins."""
+    if cfg.stage.name == "pretrain" and cfg.mode == "fit" and (path := cfg.tokenizer.get("checkpoint")):
+        saved = record.read(path, key="tokenizer.checkpoint")["beit_pretrain"]
+        if remark := collapse(saved.get("held_out") or {}, saved["config"]["tokenizer"]["vocab_size"]):
+            yield f"tokenizer.checkpoint={path}: {remark}"
 
 
 def untrained(cfg: DictConfig) -> bool:

@@ -80,8 +80,17 @@ def preview(cfg: DictConfig) -> dict[str, Any]:
     console.print(_facts(cfg, rows))
     if not isinstance(data, str):
         console.print(_schedule(stage.recipe, data.steps_per_epoch, _epochs(cfg)))
+        if remark := warmup_remark(cfg, stage, data):
+            console.print(remark, highlight=False, soft_wrap=True, markup=False)
     console.print(_groups(stage))
     return {}
+
+
+def warmup_remark(cfg: DictConfig, stage: Stage, data: Any) -> str:
+    """What to say of a warm-up that the training does not outlast; two steps on trial never do."""
+    if cfg.mode != "fit" or cfg.debug:
+        return ""
+    return optim.warmup_remark(stage.recipe, epochs=stage.epochs, steps_per_epoch=data.steps_per_epoch)
 
 
 # --- what it is made of ------------------------------------------------------------------------------------
@@ -307,10 +316,7 @@ def _bytes(count: float) -> str:
 def _schedule(recipe: optim.Recipe, steps_per_epoch: int, epochs: int) -> Table:
     """Five points: the start, the peak, two on the way down, the last update."""
     total = steps_per_epoch * epochs
-    warmup = recipe.warmup_steps
-    if warmup is None:
-        warmup = round(recipe.warmup_epochs * steps_per_epoch)
-    warmup = min(warmup, total - 1)
+    warmup = min(optim.warmup_length(recipe, steps_per_epoch), total - 1)
     points = [0, warmup, warmup + (total - warmup) // 3, warmup + 2 * (total - warmup) // 3, total - 1]
     table = Table(title="schedule", title_justify="left")
     for name in ("update", "epoch", "learning rate", "weight decay"):

@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -30,12 +30,13 @@ from beit_pretrain.compose import recipe_diff
 from beit_pretrain.devices import accelerator, processes
 from beit_pretrain.errors import BeitError
 from beit_pretrain.folder import RunFolder, plain
-from beit_pretrain.origins import encoder_weights, load_strictly
-from beit_pretrain.preview import preview
+from beit_pretrain.origins import encoder_weights, load_strictly, start_remarks
+from beit_pretrain.preview import preview, warmup_remark
 from beit_pretrain.report import make_report
 from beit_pretrain.report.mask_sheet import draw_sheet
 
 Results = dict[str, Any]
+FEW = 50  # images below which a score says little: 7 points of standard error at 50%
 
 
 def run(cfg: DictConfig, overrides: Sequence[str] = (), signals: Signals | None = None) -> Results:
@@ -46,6 +47,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = (), signals: Signals | None 
     """
     checks.check(cfg, overrides)
     knn = cfg.stage.name == "knn"
+    _tell(start_remarks(cfg))
     if cfg.dry_run or (knn and rank_zero_only.rank):
         return preview(cfg) if rank_zero_only.rank == 0 else {}
     config = plain(cfg)
@@ -82,6 +84,8 @@ def _write(
             **record.checkout(),
         },
     }
+    if cfg.debug:
+        results.pop("remarks", None)  # they would be of two steps
     results |= _without_nan(results)
     files.write_text(folder.path / "results.json", json.dumps(results, indent=2) + "\n")
     make_report(folder.path)
@@ -152,6 +156,7 @@ def _train(
     if data.token_cache is not None and rank_zero_only.rank == 0:
         print(data.token_cache.story(data.splits), flush=True)
     if cfg.mode == "fit":
+        _tell([warmup_remark(cfg, stage, data)])
         with signals.held() if signals else nullcontext():
             try:
                 trainer.fit(stage, datamodule=data, ckpt_path=resume)
@@ -170,6 +175,7 @@ def _train(
         **stage.results(),
     }
     if cfg.stage.name in SUPERVISED:
+        results["remarks"] = _few(cfg, data)
         results["train_images"] = len(data.splits["train"])
         start = None if report is None else {"path": str(cfg.init_from), "report": report.lines()}
         results["init_from"] = start
@@ -184,6 +190,13 @@ def _tell_transfer(cfg: DictConfig, report: Report, folder: RunFolder) -> None:
     """Print what became of every weight of `init_from`, and keep it whole in the run's folder."""
     print("\n".join([f"from {cfg.init_from}:", *(f"  {line}" for line in report.lines())]), flush=True)
     files.write_text(folder.path / "init_from.json", json.dumps(asdict(report), indent=2) + "\n")
+
+
+@rank_zero_only
+def _tell(remarks: Iterable[str]) -> None:
+    """Print what one should know before a training begins."""
+    for remark in filter(None, remarks):
+        print(remark, flush=True)
 
 
 @rank_zero_only
@@ -217,7 +230,25 @@ def _knn(cfg: DictConfig, node: DictConfig) -> Results:
         "remark": scores["remark"],
     }
     metrics = {f"knn/{name}": scores[name]["accuracy"] for name in ("trained", "untrained", "pixels")}
-    return {"seconds": time.monotonic() - began, "metrics": metrics, "knn": knn}
+    return {
+        "seconds": time.monotonic() - began,
+        "metrics": metrics,
+        "knn": knn,
+        "remarks": _few(cfg, data),
+    }
+
+
+def _few(cfg: DictConfig, data: Any) -> list[str]:
+    """What to say of a score of few images."""
+    part = "test" if "test" in data.splits else "val"
+    count = len(data.splits.get(part, ()))
+    if not 0 < count < FEW:
+        return []
+    if part in data.source.splits:
+        mend = f"put more into the {part} part of the data"
+    else:
+        mend = f"hold out more with a larger data.val_share (now {cfg.data.val_share:g}), such as 0.2"
+    return [f"scores are of only {count} images and therefore uncertain: {mend}"]
 
 
 def _forward_only(cfg: DictConfig, world: int) -> None:

@@ -27,7 +27,7 @@ def show(results: Mapping[str, Any], cfg: DictConfig) -> None:
     table = _table(str(results["name"]))
     for name, value in _rows(results):
         table.add_row(Text(name), Text(value))
-    _print(table, Path(cfg.run_dir) / "report.html")
+    _print(table, _remarks(results), Path(cfg.run_dir) / "report.html")
 
 
 def show_chain(results: Mapping[str, Mapping[str, Any]], report: Path) -> None:
@@ -37,16 +37,23 @@ def show_chain(results: Mapping[str, Mapping[str, Any]], report: Path) -> None:
         for i, (name, value) in enumerate(_rows(link_results)):
             table.add_row(Text(link if i == 0 else ""), Text(name), Text(value))
         table.add_section()
-    _print(table, report)
+    remarks = [f"{link}: {remark}" for link, found in results.items() for remark in _remarks(found)]
+    _print(table, remarks, report)
+
+
+def _remarks(results: Mapping[str, Any]) -> list[str]:
+    return results.get("remarks") or []
 
 
 def _table(title: str) -> Table:
     return Table(title=Text(title), show_header=False, title_justify="left")
 
 
-def _print(table: Table, report: Path) -> None:
+def _print(table: Table, remarks: Iterable[str], report: Path) -> None:
     console = Console()
     console.print(table)
+    for remark in remarks:
+        console.print(remark, soft_wrap=True, highlight=False, markup=False)
     console.print(f"report: {report}", soft_wrap=True, highlight=False, markup=False)
 
 
@@ -65,14 +72,17 @@ def _rows(results: Mapping[str, Any]) -> list[Row]:
 def _classify(results: Mapping[str, Any]) -> Iterator[Row]:
     """Scores of each part and set of weights, then what they were learnt from."""
     metrics, section = results.get("metrics") or {}, results["classification"] or {}
+    classes = section.get("classes") or []
     for part, name in (("test", "test"), ("val", "held-out")):
         images = metrics.get(f"{part}/images")
         for weights, label in (("", ""), ("_ema", ", EMA")):
             for key in ("top1", "top5", "loss"):
+                if key == "top5" and 0 < len(classes) <= 5:
+                    continue  # it cannot fail
                 if (value := metrics.get(f"{part}{weights}/{key}")) is not None:
                     of = f" of {images:,.0f} images" if key == "top1" and images else ""
                     yield f"{name} {NAMES.get(key, key)}{label}", _number(key, value) + of
-    if classes := section.get("classes"):
+    if classes:
         yield "classes", f"{len(classes):,}, chance {_percent(section.get('chance'))}"
     yield from _learnt_from(results)
 
@@ -108,17 +118,25 @@ def _probe(probe: Mapping[str, Any]) -> Iterator[Row]:
     best, pixels = probe.get("best") or {}, probe.get("pixels") or {}
     if probe.get("accuracy") is not None:
         where = f"block {best.get('block')}, {best.get('pooling')}, lr {best.get('lr')}"
-        yield f"linear probe, pre-trained ({where})" if best else "linear probe", _percent(probe["accuracy"])
+        name = f"linear probe, pre-trained ({where})" if best else "linear probe"
+        yield name, _percent(probe["accuracy"]) + _of(probe)
     if pixels:
         test = pixels.get("test")
-        yield "linear probe, raw pixels", _percent(pixels.get("val") if test is None else test)
+        yield "linear probe, raw pixels", _percent(pixels.get("val") if test is None else test) + _of(probe)
 
 
 def _knn(knn: Mapping[str, Any]) -> Iterator[Row]:
     if knn:
-        yield f"kNN accuracy, pre-trained (block {knn.get('best_block')})", _percent(knn.get("accuracy"))
-        yield "kNN accuracy, untrained", _percent(knn.get("untrained"))
-        yield "kNN accuracy, raw pixels", _percent(knn.get("pixels"))
+        of = _of(knn)
+        yield f"kNN accuracy, pre-trained (block {knn.get('best_block')})", _percent(knn.get("accuracy")) + of
+        yield "kNN accuracy, untrained", _percent(knn.get("untrained")) + of
+        yield "kNN accuracy, raw pixels", _percent(knn.get("pixels")) + of
+
+
+def _of(scored: Mapping[str, Any]) -> str:
+    """How many images a score is of, where that was written down."""
+    images = scored.get("images")
+    return f" of {images:,} images" if images else ""
 
 
 def _held_out(results: Mapping[str, Any]) -> Iterator[Row]:

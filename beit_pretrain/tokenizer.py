@@ -6,8 +6,28 @@ Letters: B images, N = rows * cols visual tokens, T the side of the tokenizer's 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from torch import Tensor, nn
+
+# Perplexity below which tokens say too little: 2 bits of a patch, of the 13 that 8192 tokens could say.
+COLLAPSED = 4.0
+
+
+def collapse(held_out: Mapping[str, float], vocab_size: int) -> str:
+    """What to say of a tokenizer that gives nearly all patches one of a few tokens, or nothing.
+
+    held_out: its held-out metrics. Without a perplexity among them nothing is known. Of few tokens in all, a quarter
+    in even use is the limit.
+    """
+    perplexity = held_out.get("val/perplexity")
+    if perplexity is None or not perplexity < min(COLLAPSED, vocab_size / 4):
+        return ""
+    return (
+        f"the tokenizer has collapsed: of its {vocab_size:,} tokens, held-out images have as few as {perplexity:.1f} "
+        "in even use (val/perplexity), which leaves little to predict: train it for longer (stage.epochs), or with a "
+        "larger tokenizer.kl_weight"
+    )
 
 
 class Tokenizer(nn.Module, ABC):

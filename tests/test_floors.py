@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adoption": {"checkpoint.record", "checkpoint.stored", "wording", "errors"},
     "compose": {"adoption", "wording", "errors"},
     "folder": {"compose", "checkpoint", "errors"},
-    "origins": {"checkpoint", "stages.base", "wording", "errors"},
+    "origins": {"checkpoint", "stages.base", "tokenizer", "wording", "errors"},
     "values": {"origins", "devices", "wording"},
     "checks": {"values", "compose", "origins", "data.folder", "tokenizer", "devices", "wording", "errors"},
     "build": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatch
 from typing import Any
 
@@ -22,6 +23,7 @@ from beit_pretrain.optim import (
     parameter_groups,
     set_schedule,
     warmup_cosine,
+    warmup_remark,
     weight_decay,
 )
 
@@ -260,6 +262,41 @@ def test_warm_up_is_counted_in_epochs_unless_steps_are_given() -> None:
         expected = published_schedule(1.5e-3, 1e-5, 4, 100)[step]
         assert learning_rate(steps, step, 10, 100) == pytest.approx(expected, rel=1e-12)
     assert learning_rate(Recipe(warmup_steps=0), 0, 10, 100) == 1.5e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs", "said"),
+    [
+        (
+            {"warmup_epochs": 20},
+            1,
+            "warmup_epochs=20 is a warm-up of 60 .* are 3: .* at most 5.1e-05 .*warmup_epochs=0.1",
+        ),
+        (
+            {"warmup_epochs": 2},
+            2,
+            "warmup_epochs=2 is a warm-up of 6 .* are 6: .* at most 0.0015 .*warmup_epochs=0.2",
+        ),
+        (
+            {"warmup_steps": 1500},
+            7,
+            "warmup_steps=1500 is .* of 1,500 .* are 21: .* set stage.optim.warmup_steps=2",
+        ),
+        (
+            {"warmup_steps": 1500, "schedule": "poly"},
+            1,
+            "warmup_steps=1500 .* at most 6.8e-07 .*warmup_steps=0",
+        ),
+        ({"warmup_epochs": 1.5}, 2, ""),
+        ({"warmup_epochs": 20, "warmup_steps": 5}, 2, ""),
+        ({"warmup_epochs": 0}, 1, ""),
+    ],
+)
+def test_a_warm_up_that_a_training_does_not_outlast_is_said(
+    options: dict[str, Any], epochs: int, said: str
+) -> None:
+    remark = warmup_remark(Recipe(**options), epochs=epochs, steps_per_epoch=3)
+    assert re.fullmatch(f".*{said}" if said else "", remark) and "\n" not in remark
 
 
 @pytest.mark.parametrize(("power", "total"), [(1.0, 10), (0.9, 37), (2.0, 7)])

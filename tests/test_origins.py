@@ -18,7 +18,8 @@ from beit_pretrain.checks import check
 from beit_pretrain.compose import compose
 from beit_pretrain.errors import CheckpointError, ConfigError
 from beit_pretrain.models.rel_pos import resize_table
-from beit_pretrain.origins import load_weights
+from beit_pretrain.origins import load_weights, start_remarks
+from beit_pretrain.tokenizer import collapse
 
 CLASSIFY = ["stage=classify", "data=digits", "batch_size=64", "trainer.accelerator=cpu"]
 EVALUATE = [*CLASSIFY, "mode=evaluate"]
@@ -219,6 +220,41 @@ def test_weights_that_are_not_finite_are_refused_where_they_are_used(
                 load_weights(stage, cfg, list("0123456789"))
         else:
             load_weights(stage, cfg, list("0123456789"))
+
+
+@pytest.mark.parametrize(
+    ("held_out", "vocabulary", "says"),
+    [
+        ({"val/perplexity": 2.05}, 256, "of its 256 tokens, held-out images have as few as 2.0 "),
+        ({"val/perplexity": 3.99}, 8192, "of its 8,192 tokens"),
+        ({"val/perplexity": 1.9}, 8, "of its 8 tokens"),
+        ({"val/perplexity": 2.1}, 8, ""),
+        ({"val/perplexity": 4.0}, 256, ""),
+        ({"val/perplexity": float("nan")}, 256, ""),
+        ({"val/loss": 2.0}, 256, ""),
+        ({}, 256, ""),
+    ],
+)
+def test_a_tokenizer_that_has_collapsed_is_told(
+    held_out: dict[str, float], vocabulary: int, says: str
+) -> None:
+    remark = collapse(held_out, vocabulary)
+    assert says in remark and bool(remark) == bool(says) and "\n" not in remark
+
+
+def test_pre_training_with_a_collapsed_tokenizer_is_told_before_it_begins(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    saved = files.read(tokenizer)
+    path = tmp_path / "collapsed.ckpt"
+    for held_out, remarks in (({"val/perplexity": 1.5}, 1), (None, 0), ({}, 0)):
+        saved["beit_pretrain"]["held_out"] = held_out
+        files.write(path, saved)
+        found = list(start_remarks(compose(pretrain(path))))
+        assert len(found) == remarks
+        assert all(line.startswith(f"tokenizer.checkpoint={path}: the tokenizer has") for line in found)
+    assert not list(start_remarks(compose(pretrain(tokenizer)))), "of an old file nothing is known"
+    assert not list(start_remarks(compose([*pretrain(path)[:-1], "tokenizer=dalle"])))
 
 
 def test_an_average_that_was_not_kept_cannot_be_had(pretrained: Path) -> None:

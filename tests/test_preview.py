@@ -120,6 +120,15 @@ def test_the_schedule_and_the_groups_are_those_of_the_optimiser(
     assert groups["layer_0_no_decay"][2:] == ["0.3277", "6.55e-04", "0"]
 
 
+def test_a_warm_up_that_the_training_does_not_outlast_is_said(
+    capsys: pytest.CaptureFixture[str], tokenizer: Path
+) -> None:
+    says = "stage.optim.warmup_epochs=4 is a warm-up of 68 updates, and stage.epochs=3 are 51: "
+    for more, said in (([], True), (["debug=true"], False), (["stage.epochs=5"], False)):
+        preview(compose([*fixed(tokenizer), CPU, "stage.epochs=3", *more]))
+        assert (f"\n{says}" in capsys.readouterr().out) == said, more
+
+
 def test_a_tokenizer_training_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     cfg = compose([*DIGITS_TOKENIZER, CPU, "batch_size=100"])
     _, rows = shown(capsys, cfg)

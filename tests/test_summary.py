@@ -80,7 +80,7 @@ def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
 
 
 def _rows(out: str) -> list[str]:
-    lines = [line for line in out.splitlines() if line.startswith(("│", "report:"))]
+    lines = [line for line in out.splitlines() if line.startswith(("│", "report:", "Few."))]
     return ["|".join(cell.strip() for cell in line.strip("│").split("│")) for line in lines]
 
 
@@ -132,6 +132,30 @@ def test_a_probe_says_where_its_best_classifier_sits(say) -> None:
     assert shorter[:2] == ["linear probe|80.0%", "linear probe, raw pixels|90.0%"]
 
 
+def test_scores_say_of_how_many_images_they_are(say) -> None:
+    rows = say(
+        {
+            **PROBE,
+            "probe": {**PROBE["probe"], "images": 6},
+            "knn": {**KNN, "images": 1234},
+            "remarks": ["Few."],
+        }
+    )
+    assert [row.rpartition("|")[2] for row in rows[:5]] == [
+        "92.0% of 6 images",
+        "89.0% of 6 images",
+        "91.2% of 1,234 images",
+        "62.0% of 1,234 images",
+        "97.0% of 1,234 images",
+    ]
+    assert rows[-2:] == ["Few.", "report: runs/[x]/report.html"]
+
+
+def test_top_five_of_five_classes_is_not_shown(say) -> None:
+    few = {**CLASSIFY, "classification": {"classes": list("01234"), "chance": 0.2}}
+    assert not any("top-5" in row for row in say(few)) and any("top-1" in row for row in say(few))
+
+
 def test_a_segmentation_says_how_it_was_scored_and_its_worst_classes(say) -> None:
     assert say(SEGMENT)[:-1] == [
         "test mIoU|50.0%",
@@ -157,14 +181,16 @@ def test_a_chain_has_one_table_of_all_links(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     links = {
-        "pretrain": PRETRAIN,
+        "pretrain": {**PRETRAIN, "remarks": ["The [tokenizer] has collapsed."]},
         "probe": PROBE,
         "finetune": CLASSIFY,
         "scratch": {**CLASSIFY, "init_from": None},
         "segment": SEGMENT,
     }
     show_chain(links, Path("runs/all/report.html"))
-    rows = _rows(capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert "\npretrain: The [tokenizer] has collapsed.\nreport:" in out
+    rows = _rows(out)
     assert len(rows) == 5 + 6 + 9 + 9 + 9 + 1
     assert [row.partition("|")[0] for row in rows if row[0] != "|"] == [
         *links,

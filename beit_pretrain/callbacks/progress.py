@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from collections import deque
@@ -51,8 +52,9 @@ class Progress(ProgressBar):
     """Stage, epoch, step, images/s, loss, masked-token accuracy, learning rate and time, on stderr of rank 0.
 
     On a terminal a bar over the whole run, drawn at most four times a second and never from a thread of its
-    own (data workers are forked). Elsewhere one line every `line_every` seconds and one per validation,
-    without control characters. A resumed run begins at its step; speed and time left are this process's own.
+    own (data workers are forked). Elsewhere one line every `line_every` seconds, and one of a validation as often
+    and of the last, without control characters; series (`val/block_0`, `val/block_1`, ...) are left out. A resumed
+    run begins at its step; speed and time left are this process's own.
     """
 
     def __init__(self, title: str, line_every: float = 30.0) -> None:
@@ -62,6 +64,7 @@ class Progress(ProgressBar):
         self._enabled = True
         self._live: Live | None = None
         self._drawn = -math.inf
+        self._scored = -math.inf  # when the last line of a validation was written
         self._began = 0.0
         self._first_step = 0
         self._paused = 0.0  # seconds between training, for validation and what hangs on it
@@ -130,11 +133,17 @@ class Progress(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not self._enabled:
             return
-        scores = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
-        if self._live is None:
+        scores = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val") and not re.search(r"_\d+$", name)
+        }
+        last = trainer.global_step >= cast(_Stage, pl_module).total_steps
+        if self._live is None and (last or time.monotonic() - self._scored >= self.line_every):
+            self._scored = time.monotonic()
             text = " ".join(f"{name} {value:.4g}" for name, value in scores.items())
             self._line(f"{self.title} step {trainer.global_step} held-out: {text}")
-        elif trainer.state.fn != "fit":
+        elif self._live is not None and trainer.state.fn != "fit":
             self._close()
 
     # --- ends ---------------------------------------------------------------------------------------------

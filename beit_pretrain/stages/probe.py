@@ -161,6 +161,13 @@ class Probe(Stage):
     def expected_count(self, batch: Any) -> int:
         return len(batch.image)
 
+    def step_metrics(self) -> dict[str, float]:
+        """In place of the sum: the mean over classifiers, where an image that one does not learn from counts as 0."""
+        banks = 1 if self.twins is None else 2
+        return {
+            "loss": float(self._totals["loss"] / self._totals["count"]) / (banks * len(self.bank.classifiers))
+        }
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = []
         banks = [self.bank] if self.twins is None else [self.bank, self.twins]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from beit_pretrain.stages.base import Stage, StepResult
-from beit_pretrain.tokenizer import TrainableTokenizer
+from beit_pretrain.tokenizer import TrainableTokenizer, collapse
 
 
 class TrainTokenizer(Stage):
@@ -60,6 +60,10 @@ class TrainTokenizer(Stage):
         sums = dict(zip(names, total.tolist(), strict=True))
         self._score = {}
         return {f"val/{name}": sums[name] / sums["count"] for name in names if name != "count"}
+
+    def results(self) -> dict[str, Any]:
+        remark = collapse(self.held_out, self.tokenizer.vocab_size)
+        return {"remarks": [remark]} if remark else {}
 
     @torch.no_grad()
     def picture_rows(self, batch: Any) -> dict[str, Tensor] | None:

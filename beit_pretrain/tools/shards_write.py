@@ -140,7 +140,7 @@ class _Line:
         self.plan = plan
         self.todo = todo
         self.shared = np.frombuffer(shared, np.int64).reshape(-1, 2)  # images and bytes of each shard
-        self.done = 0
+        self.done = np.zeros(3, np.int64)  # shards, images and bytes
         self.began = time.monotonic()
         console = Console()
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -156,18 +156,19 @@ class _Line:
 
     def finished(self, number: int, part: Part) -> None:
         self.shared[number] = len(part.rows) + len(part.left_out), part.bytes
-        self.done += 1
+        self.done += 1, *self.shared[number]
         if self.live is None:
-            print(f"{self.plan.shards[number].name}: {self._state()}", flush=True)
+            name = self.plan.shards[number].name
+            print(f"{name}, {len(part.rows):,} images; {self._state(*self.done[1:])}", flush=True)
 
     def show(self) -> None:
         if self.live is not None:
-            self.live.update(Text(self._state()), refresh=True)
+            self.live.update(Text(self._state(*self.shared.sum(0))), refresh=True)
 
-    def _state(self) -> str:
-        images, written = self.shared.sum(0).tolist()
+    def _state(self, images: int, written: int) -> str:
         rate = images / (time.monotonic() - self.began)
-        return f"{self.done} of {len(self.todo)} shards, {images:,} images, {written / 1e9:.2f} GB; {rate:.0f} images/s"
+        counts = f"{self.done[0]} of {len(self.todo)} shards, {images:,} images"
+        return f"{counts}, {written / 1e9:.2f} GB; {rate:.0f} images/s"
 
 
 # --- the end ------------------------------------------------------------------------------------------------

@@ -146,6 +146,21 @@ def test_validation_time_does_not_slow_the_shown_speed(
     assert "images/s 64 " in lines[2] and "elapsed 2:10" in lines[2] and "left 3:34:30" in lines[2]
 
 
+def test_short_epochs_do_not_each_write_a_line_and_series_are_left_out(
+    wound: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(0, Progress(title="toy", line_every=30.0))
+    run.callback_metrics |= {f"val/block_{i}": 0.1 for i in range(12)} | {"train/loss": 2.0, "val/top1": 0.5}
+    for _ in range(10):
+        wound.now += 10.0
+        run.global_step += 100
+        run.hook("on_validation_start")
+        run.hook("on_validation_end")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "held-out" in line]
+    steps = (100, 400, 700, 1000)
+    assert lines == [f"toy step {step} held-out: val/loss 1.5 val/top1 0.5" for step in steps]
+
+
 def test_a_terminal_is_drawn_on_at_most_four_times_a_second(
     wound: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,6 +145,8 @@ def test_five_classes_become_three_by_name(pretrain_run: Path) -> None:
     five = go(f"init_from={pretrain_run}", "stage.ema=0.9", name="five", base=[*on_folders("five"), QUIET])
     assert five["classification"]["classes"] == ["a", "bb", "ccc", "dddd", "eeeee"]
     assert five["classification"]["split"] == "val" and "test/top1" not in five["metrics"]
+    (few,) = five["remarks"]
+    assert "of only 15 images" in few and "val part of the data" in few
     start = [*on_folders("three"), QUIET, "init_from=runs/five"]
     still = ["stage.optim.lr=1e-9", "stage.optim.min_lr=0"]  # the weights stay where they begin
     three = go("init_weights=ema", *still, name="three", base=start)
@@ -164,10 +166,15 @@ def test_five_classes_become_three_by_name(pretrain_run: Path) -> None:
         go("mode=evaluate", name="wrong", base=start)
 
 
-def test_a_run_goes_on_with_its_own_classes_only(pretrain_run: Path) -> None:
+def test_a_run_goes_on_with_its_own_classes_only(
+    pretrain_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     paint(Path("flowers"), "aster", "rose")
-    start = [*on_folders("flowers"), QUIET, f"init_from={pretrain_run}"]
+    more = ["data.source.val=null", "data.val_share=0.25", "stage.optim.warmup_epochs=7"]
+    start = [*on_folders("flowers"), QUIET, f"init_from={pretrain_run}", *more]
     first = go(name="flowers", base=start)
+    assert "of only 4 images" in first["remarks"][0] and "data.val_share (now 0.25)" in first["remarks"][0]
+    assert "warmup_epochs=7 is a warm-up of 7 updates" in capsys.readouterr().out
     results = Path("runs/flowers/results.json")
     # Killed between the last checkpoint and the results: nothing is left to be trained, and nothing is lost.
     results.unlink()

@@ -135,6 +135,16 @@ def test_the_best_is_chosen_on_validation_images_and_of_equals_by_loss(tmp_path:
     assert result["attentive"] == []
 
 
+def test_the_logged_loss_is_a_mean_over_classifiers(tmp_path: Path) -> None:
+    stage = probe(tmp_path, epochs=1, log_every=1)
+    fit(stage, data_of(stage))
+    count = len(stage.bank.classifiers)
+    assert count > 10 and 0.5 < stage.latest["train/loss"] < 5.0
+    assert stage.latest["train/loss"] == pytest.approx(
+        float(stage._totals["loss"] / stage._totals["count"]) / count
+    )
+
+
 def test_scores_are_those_of_each_image_counted_once(tmp_path: Path) -> None:
     stage = probe(tmp_path, attentive=True)
     data = data_of(stage)

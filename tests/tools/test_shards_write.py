@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -646,6 +647,23 @@ def test_the_command(
     about = json.loads((tmp_path / "out" / "index.json").read_text())
     assert [shard["split"] for shard in about["shards"]] == ["train", "train"]
     assert about["written"]["source"] == f"class_folders data.root={folder} data.source.val=null"
+
+
+def test_in_a_log_each_line_counts_what_it_names(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["shards", "write", "class_folders", str(tmp_path / "out"), f"data.root={folder}"]
+    options = ["data.source.val=null", "--samples", "40", "--no-shuffle", "--workers", "2"]
+    assert app([*arguments, *options], standalone_mode=False) == 0
+    said = re.findall(r"^(\S+), (\d+) images; (\d) of 3 shards, (\d+) images", capsys.readouterr().out, re.M)
+    sizes = {"train-000000.tar": 33, "train-000001.tar": 33, "train-000002.tar": 34}
+    assert len(said) == 3 and {name: int(images) for name, images, *_ in said} == sizes
+    for i, (*_, done, total) in enumerate(said):
+        assert int(done) == i + 1 and int(total) == sum(int(images) for _, images, *_ in said[: i + 1])
+    (tmp_path / "out" / "train-000001.tar").unlink()
+    assert app([*arguments, *options], standalone_mode=False) == 0
+    again = capsys.readouterr().out
+    assert "2 of 3 shards are there" in again and "000001.tar, 33 images; 1 of 1 shards, 33 images" in again
 
 
 @pytest.mark.parametrize(
