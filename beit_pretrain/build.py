@@ -18,8 +18,10 @@ from beit_pretrain.checkpoint import record
 from beit_pretrain.checkpoint.adapt import Report
 from beit_pretrain.checkpoint.saving import AtomicCheckpointIO
 from beit_pretrain.cluster.environment import environment
+from beit_pretrain.cluster.holding import Holding
 from beit_pretrain.cluster.interruption import Interruption
 from beit_pretrain.cluster.launch import launched
+from beit_pretrain.cluster.lock import Lock
 from beit_pretrain.cluster.parallel import strategy
 from beit_pretrain.cluster.signals import Signals
 from beit_pretrain.data.tokens import TokenCache
@@ -38,11 +40,12 @@ PLACES = ("name", "checkpoint", "cache", "views", "weights", "files", "offline")
 
 
 def build_run(
-    cfg: DictConfig, config: dict[str, Any], signals: Signals | None = None
+    cfg: DictConfig, config: dict[str, Any], signals: Signals | None = None, lock: Lock | None = None
 ) -> tuple[Stage, Any, Trainer, Report | None]:
     """The stage, its data and its trainer; and what became of the weights of `init_from`, if they were adapted.
 
-    With `signals`, a signal ends the training in order (`cluster/interruption`).
+    With `signals`, a signal ends the training in order (`cluster/interruption`); with `lock`, that of the run folder,
+    a run that has lost it ends before it writes.
     """
     data = build_data(cfg)
     classes = data.class_names if cfg.stage.name in SUPERVISED else None
@@ -56,7 +59,9 @@ def build_run(
     if cfg.stage.name == "pretrain":
         parents["tokenizer"] = _tokenizer_parent(cfg)
     stage.record = record.make_record(config, _preprocessing(cfg, data), parents)
-    trainer = _trainer(cfg, signals)
+    trainer = _trainer(cfg, signals, lock)
+    if lock is not None:
+        stage.before_writing = lock.check
     trainer.accumulate_grad_batches = data.plan(trainer.world_size).accumulate
     return stage, data, trainer, report
 
@@ -180,9 +185,10 @@ def add_token_cache(cfg: DictConfig, stage: Any, data: Any) -> None:
     )
 
 
-def _trainer(cfg: DictConfig, signals: Signals | None) -> Trainer:
+def _trainer(cfg: DictConfig, signals: Signals | None, lock: Lock | None) -> Trainer:
     t = cfg.trainer
-    callbacks = [make(node) for node in cfg.callbacks.values() if node is not None]
+    callbacks = [] if lock is None else [Holding(lock)]  # first, before one that writes
+    callbacks += [make(node) for node in cfg.callbacks.values() if node is not None]
     if signals is not None:
         callbacks.append(Interruption(signals, run_dir=cfg.run_dir))
     return Trainer(
@@ -196,7 +202,7 @@ def _trainer(cfg: DictConfig, signals: Signals | None) -> Trainer:
         detect_anomaly=t.detect_anomaly,
         logger=[make(node) for node in cfg.logger.values() if node is not None],
         callbacks=[*callbacks, make(cfg.checkpoint)],
-        plugins=[AtomicCheckpointIO(), environment(launched())],
+        plugins=[AtomicCheckpointIO(*([] if lock is None else [lock.check])), environment(launched())],
         default_root_dir=cfg.run_dir,
         use_distributed_sampler=False,
         # What a model caches during an evaluation (an index, a resized table) must stay usable in training.

@@ -28,6 +28,7 @@ from beit_pretrain.compose import (
 from beit_pretrain.devices import job_faults
 from beit_pretrain.errors import BeitError, ConfigError
 from beit_pretrain.report import make_chain_report
+from beit_pretrain.run_files import RESULTS, holds_run, read_json
 
 STARTS = ("tokenizer.checkpoint", "init_from")  # options by which a link starts from another
 RESOURCES = "chain.resources."  # chain.resources.LINK.key=value: of one link's job
@@ -57,6 +58,8 @@ def run_chain(overrides: Sequence[str]) -> None:
     if for_jobs and submit is None:
         raise ConfigError(f"{for_jobs[0]} is for jobs: set chain.submit=slurm too, or leave it out")
     folder = Path(cfg.runs) / cfg.name
+    if holds_run(folder):
+        raise ConfigError(f"{folder} holds a run, not a chain: give this chain another name=")
     links = link_overrides(cfg, general, by_link, folder)
     for arguments in links.values():
         compose(_without_checkpoints(arguments))  # a mistake in the last link shows before the first one runs
@@ -94,23 +97,34 @@ def run_link(arguments: Sequence[str]) -> int:
 
 def report_chain(folder: Path) -> Path:
     """Write `report.html` of a chain, and `results.json` if all its links are finished; returns the page's path."""
-    chain = json.loads((folder / "chain.json").read_text())
-    results = {name: found for name in chain["links"] if (found := _results(folder / name))}
-    if len(results) == len(chain["links"]):
+    name, links = _chain(folder)
+    results = {link: found for link in links if (found := _results(folder / link))}
+    if len(results) == len(links):
         files.write_text(
             folder / "results.json",
             json.dumps(
                 {
-                    "name": chain["name"],
+                    "name": name,
                     "status": "finished",
                     "seconds": sum(r["seconds"] for r in results.values()),
-                    "links": {name: r["metrics"] for name, r in results.items()},
+                    "links": {link: r["metrics"] for link, r in results.items()},
                 },
                 indent=2,
             )
             + "\n",
         )
-    return make_chain_report(folder, [(name, folder / name) for name in chain["links"]])
+    return make_chain_report(folder, [(link, folder / link) for link in links])
+
+
+def _chain(folder: Path) -> tuple[str, list[str]]:
+    """Name and links of the chain in a folder."""
+    path = folder / "chain.json"
+    chain = read_json(path)
+    if not isinstance(chain.get("links"), list) or "name" not in chain:
+        raise BeitError(
+            f"{path} names no links of a chain: give the chain's command again, which writes it anew"
+        )
+    return chain["name"], chain["links"]
 
 
 def _show(folder: Path) -> None:
@@ -118,14 +132,12 @@ def _show(folder: Path) -> None:
     from beit_pretrain.summary import show_chain
 
     report = report_chain(folder)
-    links = json.loads((folder / "chain.json").read_text())["links"]
-    show_chain({name: _results(folder / name) or {} for name in links}, report)
+    show_chain({link: _results(folder / link) or {} for link in _chain(folder)[1]}, report)
 
 
 def _results(run: Path) -> dict[str, Any] | None:
     """What a run ended with; None if it has not."""
-    file = run / "results.json"
-    results = json.loads(file.read_text()) if file.is_file() else {}
+    results = read_json(run / RESULTS)
     return results if results.get("status") == "finished" else None
 
 
@@ -147,7 +159,7 @@ def _submit(
             print(f"\n# {name}: after {', '.join(after) or 'nothing'}\n{script}")
         return
     file = folder / "jobs.json"
-    known = json.loads(file.read_text()) if file.is_file() else {"links": {}, REPORT: None}
+    known = read_json(file) or {"links": {}, REPORT: None}
     jobs: dict[str, dict[str, Any]] = known["links"]
     waiting = active([str(known[REPORT]), *(entry["job"] for entry in jobs.values())])
     same = {name for name in links if name in jobs and jobs[name]["overrides"] == links[name]}

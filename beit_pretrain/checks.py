@@ -17,7 +17,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from beit_pretrain.compose import explicit_keys
+from beit_pretrain.compose import explicit_keys, name_fault
 from beit_pretrain.devices import batch_faults, device_faults, devices, nodes, processes
 from beit_pretrain.errors import ConfigError
 from beit_pretrain.origins import start_faults, untrained
@@ -38,6 +38,8 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     if faults := list(_missing(cfg)):
         # Without a stage, or with an interpolation that leads nowhere, nothing else can be said.
         raise ConfigError(faults)
+    if fault := name_fault(cfg.name):  # of a sweep's job, which is named after its overrides
+        faults.append(fault)
     for one in (numbers, choices, _model, _grids, _masks, _recipe, _mixing, _pooling):
         faults += one(cfg)
     faults += [*start_faults(cfg, explicit_keys(overrides)), *_folders(cfg)]

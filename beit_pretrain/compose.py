@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -22,7 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from beit_pretrain.adoption import adopt_checkpoints
 from beit_pretrain.errors import ConfigError
-from beit_pretrain.wording import either, pair
+from beit_pretrain.run_files import FOLDERS
+from beit_pretrain.wording import either, pair, show
 
 NEEDED = (
     "model",
@@ -32,7 +33,10 @@ NEEDED = (
     "trainer",
     "checkpoint",
 )  # groups without which nothing runs
+# Options that name a place or a choice of one, and groups whose texts all do: an empty one is a variable not set.
+PLACES = ("name", "runs", "run_dir", "init_from", "tokenizer", "data", "checkpoint.folder")
 LAUNCHER = "hydra/launcher"  # the group of what a Slurm job asks for
+LONGEST = 255  # bytes that file systems allow a name
 SEARCHPATH = "hydra.searchpath"  # a user's own folders of yaml files
 
 
@@ -106,6 +110,13 @@ def complete(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             cfg.setdefault(group, empty)
         explicit = explicit_keys(overrides)
         _check_groups(cfg, explicit)
+        if empty := list(_empty(cfg)):
+            raise ConfigError(
+                [
+                    f"{key}= is an empty text (of a variable that is not set?): give a value, or leave {key}= out"
+                    for key in empty
+                ]
+            )
         try:
             if cfg.stage is not None and "_target_" in cfg.stage:
                 adopt_checkpoints(cfg, explicit, node_of)
@@ -113,6 +124,8 @@ def complete(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         except OmegaConfBaseException as error:
             raise ConfigError(_explain(error, overrides)) from error
         cfg.name = f"{name}-debug" if cfg.debug and name is not None else name
+        if cfg.name is not None and (fault := name_fault(cfg.name)):
+            raise ConfigError(fault)
         if cfg.debug and cfg.stage is not None and "epochs" in cfg.stage:
             cfg.stage.epochs = 1
     return cfg
@@ -127,6 +140,29 @@ def _check_groups(cfg: DictConfig, explicit: dict[str, str]) -> None:
             f"experiment={experiment} changes the options of a stage and chooses none: "
             f"set {either([f'stage={name}' for name in choices('stage')])} too"
         )
+
+
+def _empty(cfg: DictConfig) -> Iterator[str]:
+    """Keys of places that are an empty text, which would stand for the working folder, or for no place at all."""
+    for key, value in _flat(OmegaConf.to_container(cfg, resolve=False)):
+        texts = value if isinstance(value, list) else [value]
+        place = any(key == place or key.startswith(f"{place}.") for place in PLACES)
+        if place and any(isinstance(text, str) and not text.strip() for text in texts):
+            yield key
+
+
+def name_fault(name: Any) -> str:
+    """Why a run's name cannot be that of a folder below `runs`, or nothing."""
+    if isinstance(name, bool) or not isinstance(name, str | int | float):
+        return f"name={show(name)}: set a name for the run's folder below runs"
+    parts = PurePosixPath(str(name)).parts
+    if not parts or parts[0] == "/" or ".." in parts:
+        return f"name={name} is no folder below runs: set one such as my-run or my-sweep/first (the place is runs=)"
+    if "\0" in str(name) or any(len(part.encode("utf-8", "surrogatepass")) > LONGEST for part in parts):
+        return f"name={str(name)[:40]!r}... is no folder's name: set one of at most {LONGEST} bytes, without a NUL"
+    if inner := [part for part in parts[1:] if part in FOLDERS]:
+        return f"name={name}: a run keeps files of its own in a folder {inner[0]}: set another name"
+    return ""
 
 
 def default_name(cfg: DictConfig) -> str | None:
@@ -277,6 +313,12 @@ def recipe_diff(cfg: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
         if ours.get(key) != theirs.get(key):
             rows.append([key, str(theirs.get(key)), str(ours.get(key))])
     return rows
+
+
+def set_by_hand(cfg: DictConfig, overrides: Sequence[str]) -> set[str]:
+    """Keys with another value than the groups give that were chosen, recipes (experiment=) left out."""
+    groups = [o for o in overrides if o.split("=", 1)[0].lstrip("+~") != "experiment"]
+    return {key for key, _, _ in recipe_diff(cfg, groups)}
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -35,3 +35,7 @@ class DownloadError(BeitError):
 
 class TrainingError(BeitError):
     """A run that cannot go on, such as one whose loss stays NaN."""
+
+
+class LockLost(BeitError):
+    """Another process has taken over the folder that this run was writing into."""

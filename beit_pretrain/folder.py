@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import shutil
-import socket
-import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,11 +10,11 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from beit_pretrain import run_files
 from beit_pretrain.checkpoint import files, record
-from beit_pretrain.errors import BeitError, CheckpointError, ConfigError
-
-HEARTBEAT = 15.0  # seconds between touches of the lock
-STALE = 120.0  # seconds without one after which another machine's lock is taken over
+from beit_pretrain.cluster.lock import Lock
+from beit_pretrain.errors import CheckpointError, ConfigError, LockLost
+from beit_pretrain.report.folder import read_series
 
 # May differ when a run goes on: where and how it runs, and what is watched; nothing that changes the weights.
 HARMLESS = (
@@ -70,6 +63,14 @@ IGNORED = (
     "chain",
     "experiment",
 )
+# Options that came after runs had been made: the value with which the program does what it did before.
+ADDED = {
+    "data.repeats": 1,
+    "data.train_on_val": False,
+    "init_weights": "raw",
+    "model.mask_token": True,
+    "stage.views.defer_jitter": False,
+}
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(k): v for k, v in container.items()}
 
 
-def _under(key: str, roots: tuple[str, ...]) -> bool:
+def _under(key: str, roots: Collection[str]) -> bool:
     return any(key == root or key.startswith(root + ".") for root in roots)
 
 
@@ -91,20 +92,29 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Keys in which two configurations differ: those that may, and those that may not (`key: before -> now`)."""
+def differences(
+    before: dict[str, Any], now: dict[str, Any], by_hand: Callable[[], Collection[str]] = tuple
+) -> tuple[list[str], list[str]]:
+    """Keys in which two configurations differ: those that may, and those that may not (`key: before -> now`).
+
+    An option that `before` does not know may have its default, as nobody can ask for what was there before it; not a
+    value that somebody has set: those keys `by_hand` is asked for.
+    """
     old, new = _flat(before), _flat(now)
+    asked = by_hand() if new.keys() - old.keys() else ()
     harmless, harmful = [], []
     scores = now.get("mode") == "evaluate" or (now.get("stage") or {}).get("name") == "knn"
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) == new.get(key) or _under(key, IGNORED):
+        was, value = old.get(key, ADDED.get(key)), new.get(key)
+        if was == value or _under(key, IGNORED):
             continue
-        line = f"{key}: {old.get(key)} -> {new.get(key)}"
-        longer = key == "stage.epochs" and (new.get(key) or 0) > (old.get(key) or 0)
-        moved = key in SOURCES and _only_moved(old.get(key), new.get(key), scores)
+        fresh = key not in old and not _under(key, [*SOURCES, *asked])
+        longer = key == "stage.epochs" and (value or 0) > (was or 0)
+        moved = key in SOURCES and _only_moved(was, value, scores)
         # Without a cache shards are streamed, in another order.
-        moved = moved or (key == "data.source.cache" and None not in (old.get(key), new.get(key)))
-        (harmless if longer or moved or _under(key, HARMLESS) else harmful).append(line)
+        moved = moved or (key == "data.source.cache" and None not in (was, value))
+        line = f"{key}: {'(new option)' if fresh else was} -> {value}"
+        (harmless if fresh or longer or moved or _under(key, HARMLESS) else harmful).append(line)
     return harmless, harmful
 
 
@@ -131,102 +141,70 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stop = threading.Event()
-        self._mine = ""
+        self.lock = Lock(path / run_files.LOCK)
 
     @property
     def config_file(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def lock_file(self) -> Path:
-        return self.path / ".lock"
+        return self.path / run_files.CONFIG
 
     def __enter__(self) -> RunFolder:
+        self.enter(wait=True)
+        return self
+
+    def enter(self, *, wait: bool) -> None:
+        """Take the folder. BeitError if another process has it; `wait` as for `Lock.acquire`."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self.lock.acquire(wait=wait)
         except OSError as error:
             raise ConfigError(
                 f"run_dir={self.path} cannot be written ({error.strerror}): set runs or name to another place"
             ) from error
-        threading.Thread(target=self._beat, daemon=True).start()
-        return self
 
     def __exit__(self, kind: object = None, *_: object) -> None:
-        self._stop.set()
-        if kind is not None and {item.name for item in self.path.iterdir()} <= {"config.yaml", ".lock"}:
-            # It failed before it made anything: the folder would only be in the way of the next try.
-            self.config_file.unlink(missing_ok=True)
-        # Not the lock of one that took a stalled run's folder over.
-        with suppress(FileNotFoundError):
-            if self.lock_file.read_text() == self._mine:
-                self.lock_file.unlink()
+        with suppress(OSError, LockLost):  # the folder may be gone, or another run's
+            self.lock.check()
+            if kind is not None and {item.name for item in self.path.iterdir()} <= {
+                run_files.CONFIG,
+                run_files.LOCK,
+            }:
+                # It failed before it made anything: the folder would only be in the way of the next try.
+                self.config_file.unlink(missing_ok=True)
+        self.lock.release()
         if kind is not None:
             with suppress(OSError):  # not empty
                 self.path.rmdir()
 
-    def _take_lock(self) -> None:
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
-        self._mine = json.dumps(me)
-        for _ in range(2):
-            try:
-                descriptor = os.open(self.lock_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            except FileExistsError:
-                if (holder := self._holder()) is not None:
-                    raise BeitError(
-                        f"{self.path} is being written by process {holder['pid']} on {holder['host']}; "
-                        f"wait for it, or give this run another name="
-                    ) from None
-                self._remove_stale()
-                continue
-            with os.fdopen(descriptor, "w") as file:
-                file.write(self._mine)
-            return
-        raise BeitError(f"{self.path}: another process took the folder at the same moment; try again")
-
-    def _remove_stale(self) -> None:
-        """Remove the lock of a writer that is gone, unless another process has just done so and locked anew."""
-        with suppress(FileNotFoundError), self.lock_file.open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if self.lock_file.stat().st_ino == os.fstat(file.fileno()).st_ino and self._holder() is None:
-                self.lock_file.unlink()
-
-    def _holder(self) -> dict[str, Any] | None:
-        """Who holds the lock, or None if whoever made it is gone."""
-        try:
-            text = self.lock_file.read_text()
-            age = time.time() - self.lock_file.stat().st_mtime
-        except FileNotFoundError:
-            return None
-        try:
-            holder = json.loads(text)
-        except json.JSONDecodeError:
-            # Between its creation and its first line, or from a process killed just then.
-            return {"host": "?", "pid": "?"} if age < STALE else None
-        if holder["host"] == socket.gethostname():
-            return holder if _started(holder["pid"]) == holder["started"] is not None else None
-        return holder if age < STALE else None
-
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT):
-            with suppress(FileNotFoundError):
-                os.utime(self.lock_file)
-
     # --- going on --------------------------------------------------------------------------------------------
 
-    def clear(self) -> None:
-        """Throw away what an earlier run left (overwrite=true)."""
-        for item in self.path.iterdir():
-            if item != self.lock_file:
-                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+    def clear(self, *, debug: bool, needed: Iterable[str | None] = ()) -> None:
+        """Throw away what an earlier run left (overwrite=true, or a `debug` run's own remains).
 
-    def compare(self, config: dict[str, Any]) -> list[str]:
-        """Harmless differences to the run that lies here (none if it is new); harmful ones are refused."""
+        `needed` are the paths that the new run starts from.
+        """
+        inside = [path for path in filter(None, needed) if _inside(path, self.path)]
+        if inside:
+            raise ConfigError(
+                f"{self.path} holds {inside[0]}, which this run starts from and which would be thrown away: give it "
+                "another name="
+            )
+        if debug and self._holds_results() and not self._config().get("debug"):
+            raise ConfigError(
+                f"{self.path} holds a run that was not made with debug=true: give this one another name=, or "
+                "overwrite=true to throw the old one away"
+            )
+        run_files.clear(self.path)
+
+    def compare(self, config: dict[str, Any], by_hand: Callable[[], Collection[str]] = tuple) -> list[str]:
+        """Harmless differences to the run that lies here (none if it is new); harmful ones are refused.
+
+        `by_hand` as for `differences`.
+        """
+        if several := run_files.holds_several(self.path):
+            raise ConfigError(f"{self.path} holds {several}, not a run: give this run another name=")
         if not self.config_file.exists() or not self._holds_results():
             return []
-        before = yaml.safe_load(self.config_file.read_text())
-        harmless, harmful = differences(before, config)
+        harmless, harmful = differences(self._config(), config, by_hand)
         if harmful:
             raise ConfigError(
                 f"{self.path} holds a run with another configuration ({'; '.join(harmful)}): "
@@ -234,36 +212,47 @@ class RunFolder:
             )
         return harmless
 
+    def _config(self) -> dict[str, Any]:
+        return run_files.read_config(self.config_file)[1]
+
     def _holds_results(self) -> bool:
         """Whether there is anything to go on from: a start that failed at once leaves its configuration only."""
-        return any((self.path / "checkpoints").glob("*.ckpt")) or (self.path / "results.json").exists()
+        return any((self.path / "checkpoints").glob("*.ckpt")) or (self.path / run_files.RESULTS).exists()
+
+    def from_the_start(self) -> None:
+        """Before a run without a checkpoint begins. ConfigError if it had one, which would start it anew in silence."""
+        metrics = read_series(self.path / "metrics.csv")
+        epochs = metrics.get("epoch")
+        steps, epoch = (0, 0.0) if epochs is None else (int(epochs.step[-1]), epochs.last)
+        # Each epoch ends with a checkpoint, and the link stays when somebody removes the file.
+        if (self.path / "checkpoints" / "last.ckpt").is_symlink() or epoch > 1:
+            raise ConfigError(
+                f"{self.path} was trained for {steps} steps or more, but its checkpoints are gone: put them back, or "
+                "start anew with overwrite=true or another name="
+            )
+        if steps:
+            print(f"{self.path}: no checkpoint after {steps} steps; the run begins anew", flush=True)
 
     def write_config(self, config: dict[str, Any]) -> None:
         files.write_text(self.config_file, yaml.safe_dump(config, sort_keys=False))
 
     def reopen(self) -> None:
         """Let a finished run go on; on other ranks too, which look for its results."""
-        (self.path / "results.json").unlink()
+        (self.path / run_files.RESULTS).unlink()
 
     def finished(self) -> dict[str, Any] | None:
         """results.json of a finished run."""
-        path = self.path / "results.json"
-        if not path.exists():
-            return None
-        results = json.loads(path.read_text())
+        results = run_files.read_json(self.path / run_files.RESULTS)
         return results if results.get("status") == "finished" else None
 
+    def lacks_report(self) -> bool:
+        """Whether a kill or a full disk left a finished run without its whole report."""
+        report = self.path / run_files.REPORT
+        return not report.exists() or any(self.path.glob(f".{report.name}.*"))
 
-def _started(pid: int) -> str | None:
-    """When a process began, in clock ticks since boot: tells a process from a later one of the same number."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (FileNotFoundError, ProcessLookupError):
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return "unknown"  # a system without /proc
+
+def _inside(path: str, folder: Path) -> bool:
+    """Whether a file or folder lies in a folder; False for addresses and what is not there."""
+    return Path(path).expanduser().exists() and Path(path).expanduser().resolve().is_relative_to(
+        folder.resolve()
+    )

@@ -26,13 +26,14 @@ from beit_pretrain.cluster import events
 from beit_pretrain.cluster.environment import from_rank_zero, process_group
 from beit_pretrain.cluster.launch import launched, restarts
 from beit_pretrain.cluster.signals import Signals
-from beit_pretrain.compose import recipe_diff
+from beit_pretrain.compose import recipe_diff, set_by_hand
 from beit_pretrain.devices import accelerator, processes
 from beit_pretrain.errors import BeitError
 from beit_pretrain.folder import RunFolder, plain
 from beit_pretrain.origins import encoder_weights, load_strictly, start_remarks
 from beit_pretrain.preview import preview, warmup_remark
 from beit_pretrain.report import make_report
+from beit_pretrain.report.folder import read_series
 from beit_pretrain.report.mask_sheet import draw_sheet
 
 Results = dict[str, Any]
@@ -56,7 +57,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = (), signals: Signals | None 
         folder = RunFolder(Path(cfg.run_dir))
         if not knn:
             stack.enter_context(process_group(launched(), accelerator(cfg.trainer.accelerator)))
-        done, resume = from_rank_zero(lambda: _open(cfg, config, source, folder, stack))
+        done, resume = from_rank_zero(lambda: _open(cfg, overrides, config, source, folder, stack))
         if done is not None:
             return done
         results = _knn(cfg, cfg.stage) if knn else _train(cfg, config, folder, resume, signals)
@@ -71,6 +72,7 @@ def _write(
     """results.json, which makes a run a finished one, and its report; on rank 0."""
     if rank_zero_only.rank:
         return
+    folder.lock.check()
     results |= {
         "name": cfg.name,
         "stage": cfg.stage.name,
@@ -92,25 +94,34 @@ def _write(
 
 
 def _open(
-    cfg: DictConfig, config: dict[str, Any], source: str | None, folder: RunFolder, stack: ExitStack
+    cfg: DictConfig,
+    overrides: Sequence[str],
+    config: dict[str, Any],
+    source: str | None,
+    folder: RunFolder,
+    stack: ExitStack,
 ) -> tuple[Results | None, Path | None]:
     """The results of a finished run, else the checkpoint to go on from, if any; rank 0 takes the folder."""
     if rank_zero_only.rank == 0:
         stack.enter_context(folder)
         if (cfg.overwrite or cfg.debug) and not restarts():  # not what a job has done before it was put back
-            folder.clear()
-        harmless = folder.compare(config)
+            folder.clear(debug=not cfg.overwrite, needed=(cfg.init_from, cfg.tokenizer.get("checkpoint")))
+        harmless = folder.compare(config, lambda: set_by_hand(cfg, overrides))
         longer = any(line.startswith("stage.epochs") for line in harmless)
         done = folder.finished()
         if done is not None and (longer or done.get("scored") != source):
             folder.reopen()
         elif harmless and done is None:
             print(f"{folder.path} goes on with: {'; '.join(harmless)}")
+        elif done is not None and folder.lacks_report():
+            make_report(folder.path)
     if (done := folder.finished()) is not None:
         return done, None
     main = rank_zero_only.rank == 0
     resume = go_on_from(folder.path / "checkpoints", main=main) if cfg.mode == "fit" else None
     if main:
+        if resume is None and cfg.mode == "fit":
+            folder.from_the_start()
         _not_for_ever(cfg, folder, step_of(resume) if resume else 0)
         folder.write_config(config)
     return None, resume
@@ -145,7 +156,8 @@ def _train(
         cfg.resume_step = step_of(resume) if resume else None
     if cfg.mode == "evaluate":
         _forward_only(cfg, processes(cfg))
-    stage, data, trainer, report = build_run(cfg, config, signals)
+    stage, data, trainer, report = build_run(cfg, config, signals, folder.lock)
+    folder.lock.check()  # looking at the data may take long
     if report is not None and rank_zero_only.rank == 0:
         _tell_transfer(cfg, report, folder)
     if cfg.stage.name == "segment":
@@ -277,10 +289,5 @@ def _device_name() -> str:
 
 def _earlier_seconds(path: Path) -> float:
     """Training time of the run before this start, as far as it was logged."""
-    timing = path / "timing.csv"
-    if not timing.exists():
-        return 0.0
-    lines = timing.read_text().splitlines()
-    if len(lines) < 2 or "seconds" not in lines[0].split(","):
-        return 0.0
-    return float(lines[-1].split(",")[lines[0].split(",").index("seconds")] or 0.0)
+    seconds = read_series(path / "timing.csv").get("seconds")
+    return 0.0 if seconds is None else seconds.last

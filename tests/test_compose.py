@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from runs import DIGITS_TOKENIZER, pretrain, save_pretrained, save_tokenizer
 
 from beit_pretrain.checkpoint import files
-from beit_pretrain.compose import choices, compose, recipe_diff
+from beit_pretrain.compose import choices, compose, recipe_diff, set_by_hand
 from beit_pretrain.errors import CheckpointError, ConfigError
 
 
@@ -221,3 +221,87 @@ def test_a_recipes_diff_lists_what_was_changed_once_and_nothing_else() -> None:
 def test_a_recipe_as_published_has_no_diff() -> None:
     overrides = ["stage=pretrain", "model=large", "name=mine"]
     assert recipe_diff(compose(overrides), overrides) == []
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "init_from=",
+        "init_from=' '",
+        "name=",
+        "runs=",
+        "run_dir=",
+        "tokenizer.cache=",
+        "tokenizer.weights=",
+        "data.root=",
+        "data.root=[/a,'']",
+        "data.source.train=",
+        "data.source.cache=",
+        "checkpoint.folder=",
+    ],
+)
+def test_an_empty_text_is_no_place(override: str) -> None:
+    key = override.partition("=")[0]
+    data = {"data.source.cache": "shards", "data.source.train": "class_folders"}.get(key, "folder")
+    root = [] if key == "data.root" else ["data.root=/images"]
+    with pytest.raises(
+        ConfigError, match=rf"^{key}= is an empty text .*: give a value, or leave {key}= out$"
+    ):
+        compose(["stage=pretrain", "tokenizer=dalle", f"data={data}", *root, override])
+
+
+def test_an_empty_text_is_no_place_of_a_trained_tokenizer_or_a_chain_either() -> None:
+    with pytest.raises(ConfigError, match=r"^tokenizer.checkpoint= is an empty text"):
+        compose(["stage=pretrain", "tokenizer.checkpoint="])
+    with pytest.raises(ConfigError, match=r"^name= is an empty text"):
+        compose(["chain=quickstart", "name="])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".",
+        "..",
+        "./.",
+        "../other",
+        "a/../..",
+        "a/..",
+        "/tmp/a",
+        "/",
+        "a/wandb/b",
+        "a/checkpoints",
+        "é" * 128,
+        "a\0b",
+    ],
+)
+@pytest.mark.parametrize("what", ["stage=pretrain", "chain=quickstart"])
+def test_a_name_is_that_of_a_folder_below_runs(name: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=r"^name=.*: set (one|another|a) "):
+        compose([what, f'name="{name}"'])
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "a/b", "a/lr=1e-3,seed=5", "5", "1e-3", "wandb", "..a", "a..b/...", "é" * 127]
+)
+def test_other_names_are(name: str) -> None:
+    assert str(compose(["stage=pretrain", f'name="{name}"']).name) == name
+
+
+def test_the_name_of_a_debug_run_is_measured_with_its_ending() -> None:
+    compose(["stage=pretrain", f"name={'a' * 255}"])
+    with pytest.raises(ConfigError, match="255 bytes"):
+        compose(["stage=pretrain", f"name={'a' * 255}", "debug=true"])
+
+
+def test_what_was_set_by_hand_is_told_from_what_groups_say() -> None:
+    overrides = [
+        "stage=pretrain",
+        "data=digits",
+        "experiment=digits_pretrain",
+        "+stage.novel=1",
+        "seed=0",
+        "batch_size=8",
+    ]
+    found = set_by_hand(compose(overrides), overrides)
+    assert {"stage.novel", "batch_size", "masking.count"} <= found  # the recipe too
+    assert not {"seed", "stage.optim.eps", "data.name"} & found

@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors"},
     "data": {"masking", "label_maps", "wording", "errors"},
     "checkpoint": {"models.rel_pos", "errors"},
-    "report": {"masking", "label_maps", "errors"},
+    "run_files": {"errors"},
+    "report": {"masking", "label_maps", "run_files", "errors"},
     "callbacks": {"tokenizer", "evaluation", "sheets", "errors"},
     "stages": {
         "models",
@@ -45,8 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors",
     },
     "adoption": {"checkpoint.record", "checkpoint.stored", "wording", "errors"},
-    "compose": {"adoption", "wording", "errors"},
-    "folder": {"compose", "checkpoint", "errors"},
+    "compose": {"adoption", "run_files", "wording", "errors"},
+    "folder": {"run_files", "cluster.lock", "checkpoint", "report.folder", "errors"},
     "origins": {"checkpoint", "stages.base", "tokenizer", "wording", "errors"},
     "values": {"origins", "devices", "wording"},
     "checks": {"values", "compose", "origins", "data.folder", "tokenizer", "devices", "wording", "errors"},
@@ -75,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "devices",
         "errors",
     },
-    "chain": {"compose", "cluster", "devices", "checkpoint", "report", "summary", "errors"},
+    "chain": {"compose", "cluster", "devices", "checkpoint", "report", "run_files", "summary", "errors"},
     "tools": {
         "models",
         "cluster",
@@ -97,6 +98,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint",
         "report",
         "folder",
+        "run_files",
         "wording",
         "errors",
     },
@@ -111,7 +113,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 EXCEPTIONS: set[tuple[str, str]] = set()
 
 LINES = 350  # a longer file usually holds two ideas
-LONGER = {"stages/base.py": 380, "stages/probe.py": 380}  # known ones, so that they do not grow unseen
+LONGER = {"stages/base.py": 387, "stages/probe.py": 380}  # known ones, so that they do not grow unseen
 
 IMPORTS_OF = "import sys; {code}; print('\\n'.join(sorted({{m.partition('.')[0] for m in sys.modules}})))"
 

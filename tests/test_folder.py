@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+import shutil
 from copy import deepcopy
 from pathlib import Path
-from threading import Barrier
 from typing import Any
 
 import pytest
 import torch
 
 from beit_pretrain.checkpoint import files
-from beit_pretrain.compose import compose
+from beit_pretrain.compose import compose, set_by_hand
 from beit_pretrain.errors import BeitError, ConfigError
-from beit_pretrain.folder import STALE, RunFolder, _started, differences, plain
-
-SILENT = "import time; time.sleep(60)"
+from beit_pretrain.folder import ADDED, RunFolder, differences, plain
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +121,40 @@ def test_all_differences_are_named(config: dict[str, Any]) -> None:
     )
 
 
-def test_an_option_that_came_or_went_is_a_difference(config: dict[str, Any]) -> None:
+def test_an_option_that_came_may_have_its_default_and_nothing_else(config: dict[str, Any]) -> None:
     more = changed(config, stage__novel=3)
-    assert differences(config, more) == ([], ["stage.novel: None -> 3"])
-    assert differences(more, config) == ([], ["stage.novel: 3 -> None"])
+    assert differences(config, more) == (["stage.novel: (new option) -> 3"], [])
+    assert differences(config, more, lambda: {"stage.novel"}) == ([], ["stage.novel: None -> 3"])
+    assert differences(config, changed(config, stage__novel={"a": 3}), lambda: {"stage.novel"})[1] != []
     assert differences(config, changed(config, stage__novel=None)) == ([], [])
+    assert differences(more, config) == ([], ["stage.novel: 3 -> None"])  # nobody can ask for it any more
+
+
+@pytest.mark.parametrize("key", ["stage.optim.decay_rel_pos", *ADDED])
+def test_a_run_that_was_begun_before_an_option_came_goes_on(tmp_path: Path, key: str) -> None:
+    command = ["stage=pretrain", "tokenizer=dalle", "experiment=pretrain_base_1k", "data.root=/images"]
+
+    def goes_on(*overrides: str) -> list[str]:
+        cfg = compose([*command, *overrides])
+        return folder.compare(plain(cfg), lambda: set_by_hand(cfg, [*command, *overrides]))
+
+    before = plain(compose(command))
+    *path, last = key.split(".")
+    node = before
+    for part in path:
+        node = node[part]
+    default = node.pop(last)
+    folder = begun(tmp_path / "run", before)
+    was = ADDED.get(key, default)
+    told = [] if key in ADDED and default == was else [f"{key}: (new option) -> {default}"]
+    assert goes_on() == told
+    if key != "model.mask_token":  # is worked out from the stage
+        assert goes_on(f"{key}={default}") == told
+        other = {"True": "false", "False": "true", "1": "2", "raw": "ema"}[str(was)]
+        with pytest.raises(ConfigError, match=rf"{key}: .* -> "):
+            goes_on(f"{key}={other}")
+    if key in ADDED:
+        assert differences(before, changed(before, **{key.replace(".", "__"): was})) == ([], [])
 
 
 def test_shards_may_be_kept_elsewhere_but_not_streamed_instead(config: dict[str, Any]) -> None:
@@ -184,36 +205,37 @@ def test_only_a_finished_run_has_results(tmp_path: Path) -> None:
     assert folder.finished() == {"status": "finished", "steps": 3}
 
 
-def test_clearing_keeps_the_lock_and_what_links_point_to(tmp_path: Path) -> None:
-    kept = tmp_path / "elsewhere"
-    kept.mkdir()
-    (kept / "precious").touch()
-    with RunFolder(tmp_path / "run") as folder:
-        (folder.path / "checkpoints").mkdir()
-        (folder.path / "checkpoints" / "last.ckpt").touch()
-        (folder.path / "link").symlink_to(kept)
-        folder.clear()
-        assert list(folder.path.iterdir()) == [folder.lock_file]
-    assert (kept / "precious").exists()
+# --- throwing away ------------------------------------------------------------------------------------------
 
 
-# --- the lock -----------------------------------------------------------------------------------------------
+def test_a_folder_that_this_run_starts_from_is_not_thrown_away(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    folder = begun(tmp_path / "run", config)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for start in (
+        tmp_path / "run",
+        tmp_path / "link",
+        tmp_path / "run" / "checkpoints" / "step-00000001.ckpt",
+    ):
+        with pytest.raises(ConfigError, match=r"which this run starts from.* name="):
+            folder.clear(debug=False, needed=(None, str(start)))
+    folder.clear(debug=False, needed=(None, str(tmp_path / "other"), "hf:owner/name", str(tmp_path)))
+    assert list(folder.path.iterdir()) == []
 
 
-def hold(path: Path, **holder: Any) -> Path:
-    path.mkdir(exist_ok=True)
-    lock = path / ".lock"
-    lock.write_text(json.dumps(holder))
-    return lock
+def test_a_debug_run_throws_away_what_one_has_left_and_no_other(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"not made with debug=true.* name=.* overwrite=true"):
+        begun(tmp_path / "real", config).clear(debug=True)
+    begun(tmp_path / "tried", changed(config, debug=True)).clear(debug=True)
+    RunFolder(tmp_path / "real").clear(debug=False)
+    for name in ("real", "tried"):
+        assert list((tmp_path / name).iterdir()) == []
 
 
-def test_a_second_writer_is_refused_and_the_folder_is_free_afterwards(tmp_path: Path) -> None:
-    refused = pytest.raises(BeitError, match=rf"run is being written by process {os.getpid()} on .* name=")
-    with RunFolder(tmp_path / "run"), refused, RunFolder(tmp_path / "run"):
-        pass
-    with RunFolder(tmp_path / "run"):
-        pass
-    assert not (tmp_path / "run" / ".lock").exists()
+# --- the folder ---------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_free_after_an_error(tmp_path: Path) -> None:
@@ -222,96 +244,91 @@ def test_a_folder_is_free_after_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / ".lock").exists()
 
 
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
-    other = subprocess.Popen([sys.executable, "-c", SILENT])
-    hold(tmp_path, host=socket.gethostname(), pid=other.pid, started=_started(other.pid))
-    with pytest.raises(BeitError, match=f"process {other.pid}"), RunFolder(tmp_path):
-        pass
-    other.kill()
-    other.wait()
-    with RunFolder(tmp_path) as folder:
-        assert json.loads(folder.lock_file.read_text())["pid"] == os.getpid()
+def test_an_error_leaves_the_folder_of_a_run_that_took_it_over(tmp_path: Path) -> None:
+    other = json.dumps({"host": "elsewhere", "pid": 1, "started": "1"})
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path) as folder:
+        folder.write_config({"seed": 1})
+        folder.lock.file.write_text(other)
+        raise ZeroDivisionError
+    assert folder.lock.file.read_text() == other and folder.config_file.exists()
 
 
-def test_a_later_process_of_the_same_number_holds_nothing(tmp_path: Path) -> None:
-    hold(tmp_path, host=socket.gethostname(), pid=os.getpid(), started="1")
-    with RunFolder(tmp_path):
-        pass
-
-
-def test_a_lock_of_another_machine_counts_while_it_is_touched(tmp_path: Path) -> None:
-    lock = hold(tmp_path, host="elsewhere", pid=1, started="1")
-    with pytest.raises(BeitError, match="process 1 on elsewhere"), RunFolder(tmp_path):
-        pass
-    long_ago = time.time() - STALE - 1
-    os.utime(lock, (long_ago, long_ago))
-    with RunFolder(tmp_path):
-        pass
-
-
-def test_half_a_lock_counts_while_it_is_fresh(tmp_path: Path) -> None:
-    lock = hold(tmp_path)
-    lock.write_text('{"host"')
-    with pytest.raises(BeitError, match=r"process \? on \?"), RunFolder(tmp_path):
-        pass
-    long_ago = time.time() - STALE - 1
-    os.utime(lock, (long_ago, long_ago))
-    with RunFolder(tmp_path):
-        pass
-
-
-def test_a_run_that_lost_its_folder_leaves_the_new_owners_lock(tmp_path: Path) -> None:
-    with RunFolder(tmp_path) as folder:
-        hold(tmp_path, host="elsewhere", pid=1, started="1")
-    assert folder.lock_file.exists()
-
-
-def test_of_many_that_find_a_stale_lock_one_gets_the_folder(tmp_path: Path) -> None:
-    writers, rounds = 8, 10
-    start, end = Barrier(writers), Barrier(writers)
-
-    def write(path: Path) -> bool:
-        start.wait()
-        folder = RunFolder(path)
-        try:
-            folder.__enter__()
-        except BeitError:
-            end.wait()
-            return False
-        end.wait()
-        folder.__exit__()
-        return True
-
-    with ThreadPoolExecutor(writers) as pool:
-        for number in range(rounds):
-            path = tmp_path / str(number)
-            hold(path, host=socket.gethostname(), pid=2**22 + 1, started="1")  # beyond the largest pid
-            assert sum(pool.map(write, [path] * writers)) == 1
-
-
-def test_a_slow_finder_of_a_stale_lock_leaves_the_fresh_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hold(tmp_path, host=socket.gethostname(), pid=2**22 + 1, started="1")
-    fast, slow = RunFolder(tmp_path), RunFolder(tmp_path)
-    remove = slow._remove_stale
-
-    def overtaken() -> None:
-        with fast:
-            remove()
-            assert fast.lock_file.read_text() == fast._mine
-            with pytest.raises(BeitError, match="is being written by"):
-                RunFolder(tmp_path).__enter__()
-
-    monkeypatch.setattr(slow, "_remove_stale", overtaken)
-    with slow:
-        assert slow.lock_file.read_text() == slow._mine
+def test_a_folder_that_was_removed_is_no_second_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "run") as folder:
+        shutil.rmtree(folder.path)
+        raise ZeroDivisionError
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"file/run cannot be written .*: set runs or name"):
         RunFolder(tmp_path / "file" / "run").__enter__()
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "- 5\n", "a: !!python/object/apply:os.getcwd []\n", "\udcff\udcfe", "[" * 5000]
+)
+def test_a_configuration_that_cannot_be_read_is_one_line(tmp_path: Path, text: str) -> None:
+    folder = begun(tmp_path / "run", {})
+    folder.config_file.write_text(text, errors="surrogateescape")
+    with pytest.raises(BeitError, match=r"run/config\.yaml .*: mend or move the file away") as raised:
+        folder.compare({"seed": 1})
+    assert "\n" not in str(raised.value)
+
+
+def test_nothing_in_a_configuration_of_a_folder_is_resolved(tmp_path: Path, config: dict[str, Any]) -> None:
+    folder = begun(tmp_path / "run", changed(config, data__name="${oc.env:HOME}", seed="${"))
+    with pytest.raises(ConfigError, match=r"data.name: \$\{oc.env:HOME\} -> .*seed: \$\{ -> 0"):
+        folder.compare(config)
+
+
+@pytest.mark.parametrize("text", ["{", "[5]", "5", "\udcff", "[" * 100000])
+def test_results_that_cannot_be_read_are_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "results.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(BeitError, match=r"results\.json .*: mend or move the file away") as raised:
+        RunFolder(tmp_path).finished()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "what"), [("chain.json", "a chain"), ("sweep.json", "a search")])
+def test_the_folder_of_several_runs_is_not_that_of_one(tmp_path: Path, name: str, what: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=f"holds {what}, not a run: .*name="):
+        RunFolder(tmp_path).compare({"seed": 1})
+    with pytest.raises(ConfigError, match=f"holds {what}"):
+        RunFolder(tmp_path).clear(debug=False)
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_in_silence(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = begun(tmp_path / "run", config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    folder.from_the_start()
+    assert capsys.readouterr().out == ""
+    table = tmp_path / "run" / "metrics.csv"
+    table.write_text("step,epoch,train/loss\n3,0.6,2.0\n5,1.0,1.0\n")  # killed before the first was written
+    folder.from_the_start()
+    assert "no checkpoint after 5 steps; the run begins anew" in capsys.readouterr().out
+    refused = pytest.raises(ConfigError, match=r"checkpoints are gone: .*overwrite=true or another name=")
+    table.write_text("step,epoch,train/loss\n5,1.0,1.0\n6,1.2,1.0\n")
+    with refused:
+        folder.from_the_start()
+    table.unlink()
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").symlink_to("step-00000005.ckpt")
+    with refused:
+        folder.from_the_start()
+
+
+def test_a_report_that_is_missing_or_half_written_is_noticed(tmp_path: Path) -> None:
+    folder, report = RunFolder(tmp_path), tmp_path / "report.html"
+    assert folder.lacks_report()
+    (tmp_path / ".report.html.5").touch()
+    report.touch()
+    assert folder.lacks_report()
+    (tmp_path / ".report.html.5").unlink()
+    assert not folder.lacks_report()
 
 
 def test_a_start_that_failed_at_once_leaves_nothing(tmp_path: Path) -> None:

@@ -71,9 +71,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
     No file means no rows. Raises DataError for a file that isn't such a table.
     """
-    whole = path.read_bytes().rpartition(b"\n")[0].decode() if path.exists() else ""
-    header, *body = list(csv.reader(io.StringIO(whole))) or [["step"]]
-    sound = header[:1] == ["step"] and all(len(line) == len(header) and line[0].isdigit() for line in body)
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    try:
+        header, *body = list(csv.reader(io.StringIO(whole.decode()))) or [["step"]]
+    except (UnicodeDecodeError, csv.Error):
+        header, body = [], []
+    sound = header[:1] == ["step"] and all(len(line) == len(header) and line[0].isdecimal() for line in body)
     if not sound:
         raise DataError(
             f"{path} is not a table of metrics (a header that begins with `step`, then as many cells in "

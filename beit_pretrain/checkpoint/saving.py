@@ -6,7 +6,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -23,10 +23,20 @@ ASIDE = ".bad"  # after the name of a checkpoint that a run did not go on from
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's reading and writing, through `files`: never half a file, never an arbitrary pickle."""
+    """Lightning's reading and writing, through `files`: never half a file, never an arbitrary pickle.
+
+    `before_writing` raises if the run folder is another run's by now; asked again after the writing, which may take
+    long, so that no other file is touched.
+    """
+
+    def __init__(self, before_writing: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self.before_writing = before_writing
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.before_writing()
         files.write(Path(path), checkpoint)
+        self.before_writing()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
         return files.read(Path(path))

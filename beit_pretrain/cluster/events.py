@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from beit_pretrain.cluster.launch import job_id, restarts
+from beit_pretrain.errors import BeitError
 
 FIELDS = ("time", "step", "event", "job", "restart", "ranks", "detail")
 
@@ -35,8 +36,15 @@ def read(run_dir: Path) -> list[dict[str, str]]:
     path = Path(run_dir) / "events.csv"
     if not path.exists():
         return []
-    whole = path.read_text().rpartition("\n")[0]
-    return [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values()]
+    try:
+        whole = path.read_bytes().rpartition(b"\n")[0].decode()
+        rows = [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values()]
+        for row in rows:
+            int(row["step"]), int(row["restart"]), row["event"], row["job"]
+    except (ValueError, KeyError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+        reason = " ".join(str(error).split())
+        raise BeitError(f"{path} is damaged ({reason}): mend or move the file away") from error
+    return rows
 
 
 def requeue_unsaid(run_dir: Path) -> bool:

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from beit_pretrain.cluster import events
 from beit_pretrain.cluster.ending import lost
 from beit_pretrain.cluster.signals import Interrupted, Signals
+from beit_pretrain.errors import LockLost
 
 
 class _Saver(Protocol):
@@ -48,7 +49,7 @@ class Interruption(Callback):
         self._end_if_asked(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, Interrupted):
+        if not isinstance(exception, Interrupted | LockLost):
             said = "another rank failed" if lost(exception) else " ".join(str(exception).split())[:200]
             self._record(trainer, "stop", f"{type(exception).__name__}: {said}")
 

@@ -7,7 +7,6 @@ there and cannot be read is one `BeitError` that names it.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from array import array
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from beit_pretrain.errors import BeitError
 from beit_pretrain.report.events import Event, read_events, restarts
+from beit_pretrain.run_files import CONFIG, RESULTS, read_config, read_json
 
 
 class Series(NamedTuple):
@@ -94,12 +93,12 @@ def read_run(path: Path) -> Run:
     """Everything the report needs from the run folder at `path`."""
     if not path.is_dir():
         raise BeitError(f"There is no run folder {path}: give the folder that holds the run's results.json")
-    config_text, config = _read_config(path / "config.yaml")
+    config_text, config = read_config(path / CONFIG)
     masks = path / "pictures" / "masks.png"
     sheets = [sheet for sheet in (path / "pictures").glob("step-*.png") if sheet_step(sheet) >= 0]
     return Run(
         path=path,
-        results=_read_results(path / "results.json"),
+        results=read_json(path / RESULTS),
         config=config,
         config_text=config_text,
         metrics=read_series(path / "metrics.csv"),
@@ -157,36 +156,6 @@ def _columns(rows: Any, path: Path) -> dict[str, Series]:
         for name in values
         if values[name]
     }
-
-
-def _read_results(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BeitError(f"{path} is not valid JSON ({error}): mend or move the file away") from error
-    if not isinstance(results, dict):
-        raise BeitError(
-            f"{path} should hold a mapping, got {type(results).__name__}: mend or move the file away"
-        )
-    return results
-
-
-def _read_config(path: Path) -> tuple[str, Mapping[str, Any]]:
-    if not path.is_file():
-        return "", {}
-    try:
-        content = path.read_text(encoding="utf-8")
-        config = yaml.safe_load(content)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise BeitError(f"{path} is not valid YAML ({reason}): mend or move the file away") from error
-    if not isinstance(config, dict | None):
-        raise BeitError(
-            f"{path} should hold a mapping, got {type(config).__name__}: mend or move the file away"
-        )
-    return content, config or {}
 
 
 def text(values: Mapping[str, Any], key: str) -> str:

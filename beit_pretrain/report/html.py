@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -217,8 +218,19 @@ def write(path: Path, page: str) -> Path:
         beside.write_text(page, encoding="utf-8")
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise BeitError(
             f"{path} could not be written ({error}): free some space or make the folder writable"
         ) from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+            _remove_drafts(path)
     return path
+
+
+def _remove_drafts(path: Path) -> None:
+    """What killed writers of a page left beside it."""
+    for draft in list(path.parent.iterdir()):
+        name, _, number = draft.name.rpartition(".")
+        if name == f".{path.name}" and number.isdecimal() and not Path(f"/proc/{number}").exists():
+            draft.unlink(missing_ok=True)

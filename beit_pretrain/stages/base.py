@@ -7,7 +7,7 @@ Randomness follows the step, not the process: before each micro-batch the genera
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,9 @@ class Stage(LightningModule, ABC):
         self.log_every = log_every
         self.max_bad_steps = max_bad_steps
         self.run_dir = Path(run_dir)
+        self.before_writing: Callable[[], None] = lambda: (
+            None
+        )  # raises if the run folder is another run's by now
         self.record: dict[str, Any] = {}
         self.latest: dict[str, float] = {}
         self.held_out: dict[str, float] = {}  # the last held-out score
@@ -240,6 +243,7 @@ class Stage(LightningModule, ABC):
         # A loss scaler finds its scale by overflowing, which is no fault of the batch.
         scaling = self.trainer.precision == "16-mixed" and bool(torch.isfinite(self._totals["loss"]))
         if not scaling and total <= BAD_STEPS_KEPT:
+            self.before_writing()
             path = keep_bad_step(
                 self.run_dir,
                 step=step,
@@ -278,6 +282,7 @@ class Stage(LightningModule, ABC):
         """Write already reduced numbers to every logger, at `step` (by default the optimiser steps done)."""
         step = self.trainer.global_step if step is None else step
         row = {"epoch": step / max(self.steps_per_epoch, 1), **metrics}
+        self.before_writing()
         for logger in self.trainer.loggers:
             logger.log_metrics(row, step)
 
@@ -290,6 +295,7 @@ class Stage(LightningModule, ABC):
         if self.trainer.sanity_checking:
             return
         self.merge_ranks()
+        self.before_writing()  # of a segmentation's worst images
         metrics = self.held_out = self.evaluation()
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.log_metrics(metrics)
@@ -300,6 +306,7 @@ class Stage(LightningModule, ABC):
         self.evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
+        self.before_writing()
         self.tested = {f"test{name.removeprefix('val')}": value for name, value in self.evaluation().items()}
 
     # --- optimiser -------------------------------------------------------------------------------------------

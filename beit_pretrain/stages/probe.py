@@ -9,6 +9,7 @@ import copy
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from beit_pretrain import optim
 from beit_pretrain.checkpoint.adapt import check_classes
-from beit_pretrain.errors import ConfigError, DataError
+from beit_pretrain.errors import ConfigError, DataError, LockLost
 from beit_pretrain.evaluation import sum_over_ranks
 from beit_pretrain.models.beit import Beit
 from beit_pretrain.models.blocks import Block
@@ -218,7 +219,9 @@ class Probe(Stage):
             del self._lent.train_dataloader, self._lent.val_dataloader
             self._lent = None
             if self.trainer.is_global_zero:
-                self._cache_path.unlink(missing_ok=True)
+                with suppress(LockLost):
+                    self.before_writing()
+                    self._cache_path.unlink(missing_ok=True)
 
     @property
     def _cache_path(self) -> Path:

@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from beit_pretrain.errors import ConfigError
 from beit_pretrain.tools.app_models import register
+
+
+class Commands(TyperGroup):
+    """Refuses an argument that is an empty text: typer would make the working folder of it."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            within = type(ctx)(command, info_name=name, parent=ctx)
+            given, _, _ = command.make_parser(within).parse_args(list(rest))
+            for param in command.get_params(within):
+                value = given.get(param.name)
+                if "" in (value if isinstance(value, list | tuple) else [value]):
+                    key = param.opts[0] if param.param_type_name == "option" else str(param.name).upper()
+                    raise ConfigError(
+                        f"{key} of {ctx.command_path} {name} is an empty text (of a variable that is not set?): give a "
+                        "value, or leave it out"
+                    )
+        return name, command, rest
+
 
 app = typer.Typer(
     name="beit-tools",
+    cls=Commands,
     help="Tools around beit-train. Arguments like key=value are the same overrides as beit-train's.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-shards = typer.Typer(help="Images in tar files: write them, check them, look at them.", no_args_is_help=True)
+shards = typer.Typer(
+    cls=Commands, help="Images in tar files: write them, check them, look at them.", no_args_is_help=True
+)
 app.add_typer(shards, name="shards")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as for beit-train")]
@@ -227,7 +252,7 @@ def shards_show(root: Annotated[str, typer.Argument(help="the folder of the shar
 
 
 tokens = typer.Typer(
-    help="Ids of a tokenizer, kept for pre-training (tokenizer.cache).", no_args_is_help=True
+    cls=Commands, help="Ids of a tokenizer, kept for pre-training (tokenizer.cache).", no_args_is_help=True
 )
 app.add_typer(tokens, name="tokens")
 

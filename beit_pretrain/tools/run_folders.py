@@ -7,14 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from beit_pretrain.errors import BeitError
-
-# What a run keeps in its folder; W&B's files have a config.yaml of their own.
-INNER = {"checkpoints", "pictures", "tensorboard", "wandb", "bad_steps"}
+from beit_pretrain.run_files import CONFIG, FOLDERS
 
 
 def is_run(folder: Path) -> bool:
     """Whether a run has begun in this very folder."""
-    return (folder / "config.yaml").is_file()
+    return (folder / CONFIG).is_file()
 
 
 def run_folders(paths: Sequence[Path]) -> list[Path]:
@@ -32,6 +30,7 @@ def run_folders(paths: Sequence[Path]) -> list[Path]:
 
 def _below(path: Path) -> Iterator[Path]:
     for folder, inner, files in os.walk(path):
-        inner[:] = [name for name in inner if name not in INNER and not name.startswith(".")]
-        if "config.yaml" in files:
+        # W&B's files have a config.yaml of their own.
+        inner[:] = [name for name in inner if name not in FOLDERS and not name.startswith(".")]
+        if CONFIG in files:
             yield Path(folder)

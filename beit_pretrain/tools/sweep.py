@@ -17,9 +17,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from beit_pretrain.checkpoint import files
-from beit_pretrain.compose import compose, explicit_keys
+from beit_pretrain.compose import compose, explicit_keys, set_by_hand
 from beit_pretrain.errors import ConfigError
 from beit_pretrain.folder import differences, plain
+from beit_pretrain.run_files import read_json
 from beit_pretrain.wording import show
 
 LAUNCHER = ("hydra.launcher", "hydra/launcher")  # for the jobs of workers
@@ -57,7 +58,7 @@ def sweep(overrides: Sequence[str], *, workers: int, slurm: bool, in_job: bool, 
         _compose_ends(given, settings["parameters"])
         if only_show:
             raise ConfigError(f"{folder} holds no search yet: leave --show out to start it")
-    _keep(folder, settings, cfg)
+    _keep(folder, settings, cfg, overrides)
 
     from beit_pretrain.tools.sweep_study import Search
     from beit_pretrain.tools.sweep_table import show_sweep
@@ -190,13 +191,13 @@ def _compose_ends(given: Sequence[str], space: Space) -> None:
 # --- folder -------------------------------------------------------------------------------------------------
 
 
-def _keep(folder: Path, settings: dict[str, Any], cfg: DictConfig) -> None:
+def _keep(folder: Path, settings: dict[str, Any], cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Write sweep.json, or compare with the one that is there: only the number of trials may differ."""
     now = {"search": dict(_flat(settings)), "config": {k: v for k, v in plain(cfg).items() if k != "sweep"}}
     file = folder / "sweep.json"
     if file.exists():
-        before = json.loads(file.read_text())
-        harmless, changed = differences(before["config"], now["config"])
+        before = read_json(file)
+        harmless, changed = differences(before["config"], now["config"], lambda: set_by_hand(cfg, overrides))
         # Harmless for a run, but trials of other lengths do not compare.
         changed += [line for line in harmless if line.startswith("stage.epochs")]
         old, new = before["search"], now["search"]

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from beit_pretrain.errors import BeitError, ConfigError
 from beit_pretrain.folder import RunFolder
+from beit_pretrain.run_files import LOCK
 from beit_pretrain.wording import show
 
 GRACE = 30  # seconds after which the journal's lock of a worker that was killed is taken over
@@ -39,6 +40,7 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.folder = folder
         self.settings = settings
+        self._watched: dict[Path, RunFolder] = {}  # each remembers what it has seen of another machine's lock
         journal = folder / "study.journal"
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if (how := settings["pruner"]) is not None:
@@ -65,13 +67,14 @@ class Search:
         """Whether there is a trial that no worker has: one that was left, or a new one."""
         trials = self.trials()
         return len(trials) < self.settings["trials"] or any(
-            trial.state == TrialState.RUNNING and is_free(self._claim(trial.number).path) for trial in trials
+            trial.state == TrialState.RUNNING and self.is_free(self._claim(trial.number).path)
+            for trial in trials
         )
 
     def next(self) -> Claimed | None:
         """A trial that its worker left, or a new one; one worker at a time draws."""
-        with _if_free(self.folder / ".claims" / "draw") as drawing:
-            if drawing is None:
+        with self._if_free(self.folder / ".claims" / "draw") as drawing:
+            if not drawing:
                 return None
             trials = self.trials()
             for trial in trials:
@@ -80,7 +83,29 @@ class Search:
             return self._take(self.study.ask().number) if len(trials) < self.settings["trials"] else None
 
     def _claim(self, number: int) -> RunFolder:
-        return RunFolder(self.folder / ".claims" / trial_name(number))
+        return self._watch(self.folder / ".claims" / trial_name(number))
+
+    def _watch(self, path: Path) -> RunFolder:
+        return self._watched.setdefault(path, RunFolder(path))
+
+    def is_free(self, path: Path) -> bool:
+        """Whether nobody holds a folder that is locked as run folders are; it need not exist."""
+        if not (path / LOCK).exists():
+            return True
+        with self._if_free(path) as free:
+            return free
+
+    @contextmanager
+    def _if_free(self, path: Path) -> Iterator[bool]:
+        """Whether the folder could be had, which is then held for the block."""
+        folder = self._watch(path)
+        if not _enter(folder):
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            folder.__exit__()
 
     def _take(self, number: int) -> Claimed | None:
         """Claim a trial, unless another worker has it or has just finished it."""
@@ -114,30 +139,9 @@ def option(key: str, value: Any) -> str:
     return f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"
 
 
-def is_free(path: Path) -> bool:
-    """Whether nobody holds a folder that is locked as run folders are; it need not exist."""
-    if not (path / ".lock").exists():
-        return True
-    with _if_free(path) as held:
-        return held is not None
-
-
-@contextmanager
-def _if_free(path: Path) -> Iterator[RunFolder | None]:
-    """The folder, held for the block; None if somebody else holds it."""
-    folder = RunFolder(path)
-    if not _enter(folder):
-        yield None
-        return
-    try:
-        yield folder
-    finally:
-        folder.__exit__()
-
-
 def _enter(folder: RunFolder) -> bool:
     try:
-        folder.__enter__()
+        folder.enter(wait=False)
     except ConfigError:  # it cannot be written
         raise
     except BeitError:

@@ -7,7 +7,6 @@ at its last checkpoint, or gives its results if it was finished.
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
 import signal
@@ -23,7 +22,8 @@ from optuna.trial import TrialState
 
 from beit_pretrain.errors import BeitError
 from beit_pretrain.report.folder import read_series
-from beit_pretrain.tools.sweep_study import Claimed, Search, is_free, option, trial_name
+from beit_pretrain.run_files import RESULTS, read_json
+from beit_pretrain.tools.sweep_study import Claimed, Search, option, trial_name
 
 POLL = 0.5  # seconds between looks at the processes
 LIVES = 3  # times that a trial is started again after it was killed, then it counts as failed
@@ -117,7 +117,7 @@ class Trials:
             if stopping:
                 return True
             with (one.claim.path / "process").open("w") as mark:
-                if _locked(mark) and is_free(self.folder / one.name):
+                if _locked(mark) and self.search.is_free(self.folder / one.name):
                     self._start(one, gpus, mark)
             return False
         if code is None:
@@ -194,7 +194,7 @@ class Trials:
     def _finish(self, one: _Running) -> None:
         """Give a finished trial the number of its last evaluation, or of the test that followed."""
         metric, run = self.metric, self.folder / one.name
-        metrics = json.loads((run / "results.json").read_text())["metrics"]
+        metrics = read_json(run / RESULTS)["metrics"]
         series = read_series(run / "metrics.csv")
         if metric not in metrics and metric not in series:
             known = ", ".join(name for name in metrics if not name.endswith("_se"))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from beit_pretrain.errors import ConfigError
 from beit_pretrain.tools.app import app
 from beit_pretrain.tools.app_models import numbers
 
@@ -31,3 +32,27 @@ def test_colours_that_are_no_numbers_are_said_before_anything_is_read(command: s
     more = {"export": ["--to", "onnx"], "convert": ["--to", "timm"]}.get(command, [])
     with pytest.raises(typer.BadParameter, match="give numbers with commas between them"):
         call(command, str(tmp_path / "gone"), str(tmp_path / "x"), "--mean", "red,green,blue", *more)
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["predict", "", "photo.jpg"], "CHECKPOINT"),
+        (["predict", "runs/a", ""], "IMAGES"),
+        (["predict", "runs/a", "a.jpg", "", "b.jpg"], "IMAGES"),
+        (["predict", "runs/a", "a.jpg", "--out", ""], "--out"),
+        (["predict", "runs/a", "a.jpg", "--out="], "--out"),
+        (["show", ""], "SOURCE"),
+        (["convert", "runs/a", "", "--to", "timm"], "OUT"),
+        (["report", ""], "FOLDER"),
+        (["compare", "runs/a", ""], "RUNS"),
+        (["drill", "stage=pretrain", "--out", ""], "--out"),
+        (["shards", "write", "", "out"], "SRC"),
+        (["shards", "verify", ""], "ROOT"),
+        (["tokens", "show", ""], "FOLDER"),
+        (["knn", "runs/a", ""], "OVERRIDES"),
+    ],
+)
+def test_an_empty_argument_is_no_place(words: list[str], key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key} of .*{words[0]}.* is an empty text .*: give a value"):
+        call(*words)
