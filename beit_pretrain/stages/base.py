@@ -154,6 +154,9 @@ class Stage(LightningModule, ABC):
         self.batch_size = data.batch_size
         if stage == "fit":
             self.steps_per_epoch = data.steps_per_epoch
+        if stage != "test":  # which follows upon the others
+            for logger in self.trainer.loggers:
+                logger.log_hyperparams(self.record.get("config", {}))
 
     def normalize(self, image: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) to the encoder's input."""

@@ -132,6 +132,8 @@ def test_a_search_finds_the_best_of_its_trials_and_prints_a_command_for_it(
         for t in study(work)
     }
     assert {t.number: t.value for t in study(work)} == pytest.approx(values)
+    folders = [Path(trial.user_attrs["run"]) for trial in study(work)]
+    assert folders == [work / "runs" / "s" / f"trial-000{i}" for i in range(5)]
     best = study(work)[min(values, key=lambda number: values[number])]
     command = shlex.split(printed.splitlines()[-1].removeprefix("best: "))
     cfg = compose(command[1:])
