@@ -34,6 +34,7 @@ from beit_pretrain.origins import encoder_weights, load_strictly
 from beit_pretrain.preview import preview
 from beit_pretrain.report import make_report
 from beit_pretrain.report.mask_sheet import draw_sheet
+from beit_pretrain.wording import printable
 
 Results = dict[str, Any]
 
@@ -101,7 +102,7 @@ def _open(
         if done is not None and (longer or done.get("scored") != source):
             folder.reopen()
         elif harmless and done is None:
-            print(f"{folder.path} goes on with: {'; '.join(harmless)}")
+            print(printable(f"{folder.path} goes on with: {'; '.join(harmless)}"))
     if (done := folder.finished()) is not None:
         return done, None
     resume = last_checkpoint(folder.path / "checkpoints") if cfg.mode == "fit" else None
@@ -185,7 +186,10 @@ def _train(
 
 def _tell_transfer(cfg: DictConfig, report: Report, folder: RunFolder) -> None:
     """Print what became of every weight of `init_from`, and keep it whole in the run's folder."""
-    print("\n".join([f"from {cfg.init_from}:", *(f"  {line}" for line in report.lines())]), flush=True)
+    print(
+        "\n".join([f"from {cfg.init_from}:", *(f"  {printable(line)}" for line in report.lines())]),
+        flush=True,
+    )
     files.write_text(folder.path / "init_from.json", json.dumps(asdict(report), indent=2) + "\n")
 
 
@@ -198,7 +202,7 @@ def _tell_look(look: dict[str, Any]) -> None:
         f"{look['ignored']:.1%} of the pixels are ignored"
     )
     for remark in look["remarks"]:
-        print(f"  {remark}")
+        print(f"  {printable(remark)}")
 
 
 def _knn(cfg: DictConfig, node: DictConfig) -> Results:
