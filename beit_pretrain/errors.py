@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from beit_pretrain.wording import printable
+
 
 class BeitError(Exception):
-    """A mistake that a user can mend: says what was given, what was needed and what to set."""
+    """A mistake that a user can mend: says what was given, what was needed and what to set.
+
+    It is one line, whatever the names in it that come from outside.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(BeitError):
@@ -15,6 +23,9 @@ class ConfigError(BeitError):
     def __init__(self, faults: Sequence[str] | str) -> None:
         self.faults = [faults] if isinstance(faults, str) else list(faults)
         super().__init__("\n".join(self.faults))
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, self.faults))
 
 
 class DataError(BeitError):

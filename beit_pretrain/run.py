@@ -35,6 +35,7 @@ from beit_pretrain.preview import preview, warmup_remark
 from beit_pretrain.report import make_report
 from beit_pretrain.report.folder import read_series
 from beit_pretrain.report.mask_sheet import draw_sheet
+from beit_pretrain.wording import printable
 
 Results = dict[str, Any]
 FEW = 50  # images below which a score says little: 7 points of standard error at 50%
@@ -112,7 +113,7 @@ def _open(
         if done is not None and (longer or done.get("scored") != source):
             folder.reopen()
         elif harmless and done is None:
-            print(f"{folder.path} goes on with: {'; '.join(harmless)}")
+            print(printable(f"{folder.path} goes on with: {'; '.join(harmless)}"))
         elif done is not None and folder.lacks_report():
             make_report(folder.path)
     if (done := folder.finished()) is not None:
@@ -200,7 +201,10 @@ def _train(
 
 def _tell_transfer(cfg: DictConfig, report: Report, folder: RunFolder) -> None:
     """Print what became of every weight of `init_from`, and keep it whole in the run's folder."""
-    print("\n".join([f"from {cfg.init_from}:", *(f"  {line}" for line in report.lines())]), flush=True)
+    print(
+        "\n".join([f"from {cfg.init_from}:", *(f"  {printable(line)}" for line in report.lines())]),
+        flush=True,
+    )
     files.write_text(folder.path / "init_from.json", json.dumps(asdict(report), indent=2) + "\n")
 
 
@@ -220,7 +224,7 @@ def _tell_look(look: dict[str, Any]) -> None:
         f"{look['ignored']:.1%} of the pixels are ignored"
     )
     for remark in look["remarks"]:
-        print(f"  {remark}")
+        print(f"  {printable(remark)}")
 
 
 def _knn(cfg: DictConfig, node: DictConfig) -> Results:

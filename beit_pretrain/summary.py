@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from beit_pretrain.wording import printable
+
 SHARES = ("accuracy", "top1", "top5", "codebook_use")  # metrics that are shares of one, shown in percent
 NAMES = {"top1": "top-1", "top5": "top-5", "codebook_use": "codebook use"}
 NAMES |= {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
@@ -26,7 +28,7 @@ def show(results: Mapping[str, Any], cfg: DictConfig) -> None:
         return
     table = _table(str(results.get("name", cfg.name)))
     for name, value in _rows(results):
-        table.add_row(Text(name), Text(value))
+        table.add_row(Text(printable(name)), Text(printable(value)))
     _print(table, _remarks(results), Path(cfg.run_dir) / "report.html")
 
 
@@ -35,7 +37,8 @@ def show_chain(results: Mapping[str, Mapping[str, Any]], report: Path) -> None:
     table = _table("results")
     for link, link_results in results.items():
         for i, (name, value) in enumerate(_rows(link_results)):
-            table.add_row(Text(link if i == 0 else ""), Text(name), Text(value))
+            cells = (link if i == 0 else "", name, value)
+            table.add_row(*(Text(printable(cell)) for cell in cells))
         table.add_section()
     remarks = [f"{link}: {remark}" for link, found in results.items() for remark in _remarks(found)]
     _print(table, remarks, report)
@@ -46,14 +49,14 @@ def _remarks(results: Mapping[str, Any]) -> list[str]:
 
 
 def _table(title: str) -> Table:
-    return Table(title=Text(title), show_header=False, title_justify="left")
+    return Table(title=Text(printable(title)), show_header=False, title_justify="left")
 
 
 def _print(table: Table, remarks: Iterable[str], report: Path) -> None:
     console = Console()
     console.print(table)
     for remark in remarks:
-        console.print(remark, soft_wrap=True, highlight=False, markup=False)
+        console.print(printable(remark), soft_wrap=True, highlight=False, markup=False)
     console.print(f"report: {report}", soft_wrap=True, highlight=False, markup=False)
 
 

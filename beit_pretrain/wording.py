@@ -14,6 +14,9 @@ _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
+# What a formula begins with, in some spreadsheets also in full width.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
 
 def is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
@@ -75,3 +78,26 @@ def pair(size: Any) -> list[int]:
 def printable(text: object) -> str:
     """Text from outside, such as the name of a file, in one line that every terminal and format takes as text."""
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def cell(value: Any) -> Any:
+    """A cell of a CSV file that no spreadsheet takes for a formula: such a text begins with an apostrophe.
+
+    Numbers stay as they are, also those that are written out.
+    """
+    return f"'{value}" if _is_formula(str(value)) else value
+
+
+def from_cell(text: str) -> str:
+    """What `cell` was given."""
+    return text[1:] if text.startswith("'") and _is_formula(text[1:]) else text
+
+
+def _is_formula(text: str) -> bool:
+    if not text.lstrip("'").startswith(_FORMULA):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False

@@ -197,3 +197,14 @@ def test_a_chain_has_one_table_of_all_links(
         "report: runs/all/report.html",
     ]
     assert "finetune|test top-1|88.4% of 397 images" in rows and "|started|from scratch" in rows
+
+
+def test_names_from_files_do_not_command_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    evil = "a\x1b[2J\x9b\u202e\nb"
+    section = {**SEGMENT["segmentation"], "classes": [evil] * 5, "how": evil}
+    show_chain({evil: {**SEGMENT, "segmentation": section, "init_from": {"path": evil}}}, Path("report.html"))
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.split("\n")) and out.count(r"a\x1b[2J\x9b\u202e\nb") >= 5

@@ -17,10 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from beit_pretrain.checkpoint import files
 from beit_pretrain.errors import DownloadError
+from beit_pretrain.wording import printable
 
 ATTEMPTS = 4  # in a row without a new byte, until the next address has its turn
 PAUSE = 0.5  # seconds before another attempt, times the attempts that were in vain
@@ -225,7 +233,7 @@ def _copy(wanted: _Wanted, response: http.client.HTTPResponse, resumed: bool) ->
     have = wanted.part.stat().st_size if resumed else 0
     total = None if left is None else have + left
     with wanted.part.open("ab") as part, _bar() as bar:
-        task = bar.add_task(wanted.path.name, total=total, completed=have)
+        task = bar.add_task(printable(wanted.path.name), total=total, completed=have)
         while chunk := response.read1(CHUNK):
             if not part.tell() and chunk.lstrip().lower().startswith((b"<!doctype html", b"<html")):
                 wanted.discard()
@@ -240,7 +248,7 @@ def _copy(wanted: _Wanted, response: http.client.HTTPResponse, resumed: bool) ->
 def _bar() -> Progress:
     """A progress bar on stderr, where somebody can see it."""
     columns = (
-        "{task.description}",
+        TextColumn("{task.description}", markup=False),  # a name from outside
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -22,6 +22,7 @@ from beit_pretrain.data.scenes import PairView
 from beit_pretrain.data.sources import SceneSource, Source
 from beit_pretrain.data.transforms import Item, View
 from beit_pretrain.errors import DataError, LabelError
+from beit_pretrain.wording import cell, from_cell, printable
 
 _HEADER = ("sample", "name", "reason")
 _LISTED = 10
@@ -48,11 +49,11 @@ class BadImages:
         if sample in self.known:
             return
         reason = " ".join(reason.split())
-        _logger.warning("cannot read %s: %s", name, reason)
+        _logger.warning("cannot read %s: %s", printable(name), printable(reason))
         if self.log is not None:
             self._read_on(self.log)
             if sample not in self.known:
-                _append(self.log, (str(sample), name, reason))
+                _append(self.log, (str(sample), cell(name), cell(reason)))
         self.known[sample] = (name, reason)
         if len(self.known) > self.max_bad * len(self.indices):
             raise DataError(self._story())
@@ -68,7 +69,7 @@ class BadImages:
         for row in csv.reader(io.StringIO(added.decode("utf-8", "surrogateescape"), newline="")):
             # A second header and images of another split are passed over.
             if len(row) == len(_HEADER) and row[0].isdecimal() and self._has(int(row[0])):
-                self.known[int(row[0])] = (row[1], row[2])
+                self.known[int(row[0])] = (from_cell(row[1]), from_cell(row[2]))
 
     def _has(self, sample: int) -> bool:
         place = int(np.searchsorted(self.indices, sample))

@@ -80,6 +80,18 @@ class Parts:
         return self.maps[name][row + number - self.firsts[stretch]]
 
 
+def stored(folder: Path, samples: int, record: np.dtype) -> int:
+    """How many images' ids are in a view's folder, without a table of all samples: these may be any number."""
+    found = [np.empty(0, NUMBER)]
+    for ids in sorted(folder.glob("*.ids")):
+        numbers = ids.with_suffix(".samples")
+        rows = min(_size(ids) // record.itemsize, _size(numbers) // NUMBER.itemsize)
+        if rows:
+            found.append(np.fromfile(numbers, NUMBER, rows))
+    known = np.unique(np.concatenate(found))
+    return int(np.count_nonzero((known >= 0) & (known < samples)))
+
+
 class Writer:
     """The files of this process for one view. Its name is new with every start: nothing follows a torn record."""
 

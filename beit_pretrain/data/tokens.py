@@ -85,7 +85,7 @@ class TokenCache:
                 temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
                 temporary.write_text(text)
                 os.replace(temporary, path)
-            found = path.read_text()
+            found = path.read_text(errors="replace")
         except OSError as error:
             raise ConfigError(
                 f"tokenizer.cache={self.root} cannot be written ({error.strerror}): set it to another folder"

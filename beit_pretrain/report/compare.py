@@ -17,6 +17,7 @@ from beit_pretrain.report.comparison import COLOURS
 from beit_pretrain.report.curves import DASHES, Chart, Line
 from beit_pretrain.report.folder import Run, Series
 from beit_pretrain.report.words import compact, percent, plain
+from beit_pretrain.wording import cell
 
 # What a run of each stage is judged by, the first that is there. On test images only where nothing else is held out:
 # choosing by them would spoil them.
@@ -259,11 +260,10 @@ def table(groups: Sequence[Group]) -> str:
             row |= {key: entry.config.get(key) for found in group.differences for key in found.keys}
             rows.append(row)
     text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(dict.fromkeys(name for row in rows for name in row)), restval="", lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(rows)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer.writerow({name: cell(name) for name in columns})
+    writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from beit_pretrain.wording import printable
+
 Model = Annotated[
     str,
     typer.Argument(help="a run folder, a file, an address, hf:OWNER/NAME, timm:NAME or published:NAME"),
@@ -254,7 +256,7 @@ def _options(weights: str, image_size: str | None, mean: str | None, std: str | 
         "mean": numbers(mean),
         "std": numbers(std),
         "key": "CHECKPOINT",
-        "tell": lambda note: typer.echo(f"note: {note}", err=True),
+        "tell": lambda note: typer.echo(f"note: {printable(note)}", err=True),
     }
 
 

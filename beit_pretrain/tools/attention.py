@@ -21,9 +21,9 @@ from beit_pretrain.errors import BeitError, DataError
 from beit_pretrain.models.attention_maps import attention_maps
 from beit_pretrain.sheets import FAINT, PAPER, draw_cells, fit_text, magnification
 from beit_pretrain.tools.embed import block_number
-from beit_pretrain.tools.images import count, device_of, list_unreadable, outputs, printable, read_image
+from beit_pretrain.tools.images import count, device_of, list_unreadable, outputs, read_image
 from beit_pretrain.tools.load import Loaded, load
-from beit_pretrain.wording import times
+from beit_pretrain.wording import printable, times
 
 ENDINGS = (".attention.png", ".attention.npz")
 COLOURS = "viridis"  # equal steps look equal, to the colour-blind too

@@ -17,6 +17,7 @@ from beit_pretrain.report.folder import Run, read_run, text
 from beit_pretrain.report.html import write
 from beit_pretrain.report.words import duration, whole
 from beit_pretrain.tools.run_folders import run_folders
+from beit_pretrain.wording import printable
 
 ROWS = 15  # runs of a stage that the terminal shows
 METRICS = 2  # of them
@@ -47,16 +48,18 @@ def compare(paths: Sequence[Path], *, out: Path, csv: Path | None) -> None:
 
 def _show(console: Console, group: Group) -> None:
     metrics = group.metrics[:METRICS]
-    rows = Table(title=Text(group.stage or "unknown stage"), title_justify="left")
+    rows = Table(title=Text(printable(group.stage or "unknown stage")), title_justify="left")
     for head in ("run", *metrics, "steps", "time"):
         numbers = head != "run"
-        rows.add_column(Text(head), justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
+        rows.add_column(
+            Text(printable(head)), justify="right" if numbers else "left", no_wrap=numbers, overflow="fold"
+        )
     for entry in group.entries[:ROWS]:
         values = [say(metric, entry.run.metric(metric)) for metric in metrics]
         steps = "" if entry.steps is None else whole(entry.steps)
         steps += "" if entry.run.status == "finished" else f" {entry.run.status}"
         time = "" if entry.seconds is None else duration(entry.seconds)
-        rows.add_row(*(Text(cell) for cell in (entry.label, *values, steps, time)))
+        rows.add_row(*(Text(printable(cell)) for cell in (entry.label, *values, steps, time)))
     console.print(rows)
     said = [f"and {len(group.entries) - ROWS} more"] if len(group.entries) > ROWS else []
     if words := best_words(group):
@@ -65,4 +68,4 @@ def _show(console: Console, group: Group) -> None:
             [f"  {command}"] if group.best and (command := text(group.best.run.results, "command")) else []
         )
     for line in said:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.print(printable(line), soft_wrap=True, highlight=False, markup=False)

@@ -15,7 +15,6 @@ import numpy as np
 
 from beit_pretrain.checkpoint import files
 from beit_pretrain.errors import ConfigError
-from beit_pretrain.tools.images import printable
 
 BUFFER = 2**24  # bytes of features in a row group of Parquet, or copied at a time
 Write = Callable[[Sequence[str], np.ndarray], None]  # names of files, and features (B, *shape) float32
@@ -87,7 +86,8 @@ def parquet(out: Path, shape: tuple[int, ...], facts: Mapping[str, Any]) -> Iter
             values.clear()
 
         def write(these: Sequence[str], more: np.ndarray) -> None:
-            names.extend(map(printable, these))  # a column of text is Unicode
+            # A column of text is Unicode, which names of files need not be.
+            names.extend(name.encode(errors="backslashreplace").decode() for name in these)
             values.append(more)
             if sum(part.nbytes for part in values) >= BUFFER:
                 flush()

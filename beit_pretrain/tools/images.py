@@ -16,6 +16,7 @@ from beit_pretrain.data.decode import decode
 from beit_pretrain.data.folder import is_image
 from beit_pretrain.devices import ACCELERATORS, accelerator
 from beit_pretrain.errors import BeitError, DataError
+from beit_pretrain.wording import printable
 
 READERS = 8  # processes at most
 
@@ -130,11 +131,6 @@ def batches(
 def usable_cores() -> int:
     """Cores that this process may use; a Slurm job has fewer than its node."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def printable(text: object) -> str:
-    """A name of a file, which need not be Unicode, as every terminal and format takes it."""
-    return str(text).encode(errors="backslashreplace").decode()
 
 
 def list_unreadable(unreadable: Sequence[str]) -> int:

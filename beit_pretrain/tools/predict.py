@@ -15,9 +15,9 @@ from rich.cells import cell_len, set_cell_size
 from beit_pretrain.checkpoint import files
 from beit_pretrain.errors import CheckpointError, ConfigError
 from beit_pretrain.models.whole import Classifier
-from beit_pretrain.tools.images import batches, count, device_of, find_images, list_unreadable, printable
+from beit_pretrain.tools.images import batches, count, device_of, find_images, list_unreadable
 from beit_pretrain.tools.load import load
-from beit_pretrain.wording import times
+from beit_pretrain.wording import cell, printable, times
 
 KEY = "CHECKPOINT"
 NAME = 24  # columns of the terminal for a class
@@ -100,6 +100,7 @@ def _table(out: Path, top: int) -> Iterator[Callable[[Path, Ranking], None]]:
         writer.writerow(["file", *columns])
 
         def write(path: Path, ranking: Ranking) -> None:
-            writer.writerow([path, *(cell for name, share in ranking for cell in (name, f"{share:.6g}"))])
+            shares = (value for name, share in ranking for value in (cell(name), f"{share:.6g}"))
+            writer.writerow([cell(path), *shares])
 
         yield write

@@ -25,10 +25,10 @@ from beit_pretrain.models.whole import MaskedImageModel
 from beit_pretrain.sheets import draw_columns
 from beit_pretrain.stages.pretrain import painted
 from beit_pretrain.tokenizer import Tokenizer
-from beit_pretrain.tools.images import count, device_of, list_unreadable, outputs, printable, read_image
+from beit_pretrain.tools.images import count, device_of, list_unreadable, outputs, read_image
 from beit_pretrain.tools.known import known_masking, known_tokenizer
 from beit_pretrain.tools.load import Loaded, load
-from beit_pretrain.wording import times
+from beit_pretrain.wording import printable, times
 
 KEY, OPTION = "CHECKPOINT", "--tokenizer"
 ENDING = ".reconstruction.png"

@@ -15,6 +15,7 @@ from beit_pretrain.errors import CheckpointError
 from beit_pretrain.origins import load_strictly
 from beit_pretrain.stages.base import step_seed
 from beit_pretrain.tools.known import known_run
+from beit_pretrain.wording import printable
 
 
 def replay(path: Path) -> int:
@@ -35,7 +36,8 @@ def replay(path: Path) -> int:
     seen: list[str] = []
     for name, module in stage.named_modules():
         module.register_forward_hook(_watch(name, seen))
-    print(f"step {saved['step']}, rank {saved['rank']}, on the CPU in float32; the run: {saved['precision']}")
+    where = f"step {saved['step']}, rank {saved['rank']}, on the CPU in float32"
+    print(f"{where}; the run: {printable(saved['precision'])}")
     faulty = False
     for micro, fields in enumerate(saved["batches"]):
         batch = SimpleNamespace(**{"ids": None, "token_image": None, "jitter": None, **fields})

@@ -18,7 +18,7 @@ from beit_pretrain.label_maps import label_png, overlay
 from beit_pretrain.models.whole import Segmenter
 from beit_pretrain.tools.images import count, device_of, list_unreadable, outputs, read_image
 from beit_pretrain.tools.load import Loaded, load
-from beit_pretrain.wording import bracket
+from beit_pretrain.wording import bracket, printable
 
 KEY = "CHECKPOINT"
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --multi-scale: those of the published scores
@@ -75,7 +75,8 @@ def segment(
         seconds = time.monotonic() - began
         _write(target, image, label_map, names, alpha=alpha, shift=shift)
         height, width = label_map.shape
-        print(f"{path}: {height} x {width}, {seconds:.1f} s; {_largest(label_map, names)}", flush=True)
+        said = f"{height} x {width}, {seconds:.1f} s; {_largest(label_map, names)}"
+        print(printable(f"{path}: {said}"), flush=True)
     print(f"{count(len(todo) - len(unreadable))} segmented, written to {out}")
     return list_unreadable(unreadable)
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from beit_pretrain.data.shard_index import SPLITS, Shard, ShardIndex, read_index
 from beit_pretrain.data.shard_tar import key_at, scan
 from beit_pretrain.errors import BeitError, DataError
+from beit_pretrain.wording import printable
 
 NAMED = 3  # samples of a shard that are named, and flaws of a set
 
@@ -51,7 +52,7 @@ def verify(root: str, workers: int) -> int:
         pool.shutdown(cancel_futures=True)
     bad = [number for number in sorted(faults) if faults[number]]
     for number in bad:
-        print(*faults[number], sep="\n")
+        print(*map(printable, faults[number]), sep="\n")
     size = sum(shard.bytes for shard in index.shards) / 1e9
     if not bad:
         whole = f"{len(index.shards)} shards, {len(index.entries):,} images, {size:.2f} GB"
@@ -119,7 +120,7 @@ def show(root: str) -> None:
     console = Console()
     console.print(_table(index))
     for line in _lines(index):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.print(printable(line), soft_wrap=True, highlight=False, markup=False)
 
 
 def _table(index: ShardIndex) -> Table:

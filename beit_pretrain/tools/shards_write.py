@@ -20,6 +20,7 @@ from beit_pretrain.data.sources import Source
 from beit_pretrain.errors import BeitError, ConfigError, DataError
 from beit_pretrain.tools.shards_pack import Part, begin, forget, pack_number, recorded
 from beit_pretrain.tools.shards_plan import Plan, alone, check_space, make_plan, open_source, settle, tidy
+from beit_pretrain.wording import printable
 
 SAMPLES = 10_000  # in a shard, where nothing else is asked for
 QUALITY = 90  # of a resized image's JPEG
@@ -191,7 +192,7 @@ def _refuse(plan: Plan, out: Path, left_out: list[list[Any]]) -> int:
 def _list(left_out: list[list[Any]]) -> None:
     print(f"left out, because they cannot be read: {len(left_out)}")
     for _, name, reason in left_out[:NAMED]:
-        print(f"  {name}: {reason}".encode(errors="backslashreplace").decode())  # names need not be Unicode
+        print(f"  {printable(f'{name}: {reason}')}")
     if len(left_out) > NAMED:
         print(f"  and {len(left_out) - NAMED} more")
 

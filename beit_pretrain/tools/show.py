@@ -17,7 +17,7 @@ from beit_pretrain.checkpoint.finite import counted, not_finite
 from beit_pretrain.errors import CheckpointError
 from beit_pretrain.origins import AVERAGE, grid_of
 from beit_pretrain.stages.segment import default_blocks
-from beit_pretrain.wording import pair, times
+from beit_pretrain.wording import pair, printable, times
 from beit_pretrain.wording import show as typed
 
 KEY = "SOURCE"
@@ -72,7 +72,7 @@ def show(source: str) -> None:
     file, _ = record.file_of(source, key=KEY)
     saved = record.read(source, key=KEY)
     lineage = saved["beit_pretrain"]["lineage"]
-    tree = Tree(Text(source))
+    tree = Tree(Text(printable(source)))
     tree.add(
         _table([*_file(file, saved), *_model(saved), *_training(saved["beit_pretrain"]), *_code(lineage)])
     )
@@ -90,7 +90,7 @@ def _table(rows: Iterable[Row]) -> Table:
     table.add_column(no_wrap=True, min_width=9)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(Text(name, style="bold"), Text(value))
+        table.add_row(Text(name, style="bold"), Text(printable(value)))
     return table
 
 
@@ -98,12 +98,12 @@ def _add_parents(tree: Tree, lineage: Mapping[str, Any]) -> None:
     """A branch for each file that a run started from, with the branches of its own."""
     for role, entry in (lineage.get("parents") or {}).items():
         if isinstance(entry, str):  # of a run that kept no more than the file's hash
-            tree.add(Text(f"{role} sha256 {entry[:SHORT]}"))
+            tree.add(Text(printable(f"{role} sha256 {entry[:SHORT]}")))
             continue
         if "path" not in entry:  # published weights: they have a name
-            tree.add(Text(f"{role} {entry['name']}"))
+            tree.add(Text(printable(f"{role} {entry['name']}")))
             continue
-        branch = tree.add(Text(f"{role} {entry['path']}{_whether_there(entry)}"))
+        branch = tree.add(Text(printable(f"{role} {entry['path']}{_whether_there(entry)}")))
         branch.add(_table([*_ancestor(entry), *_code(entry, lineage.get("versions"))]))
         _add_parents(branch, entry)
 

@@ -18,10 +18,11 @@ from beit_pretrain.build import add_token_cache, build_data, build_stage
 from beit_pretrain.cluster.launch import launched
 from beit_pretrain.compose import compose
 from beit_pretrain.data.sampler import Key
-from beit_pretrain.data.token_files import NOWHERE, NUMBER, Parts, record_type
+from beit_pretrain.data.token_files import NUMBER, record_type, stored
 from beit_pretrain.data.tokens import HELD_OUT, TokenCache
 from beit_pretrain.devices import accelerator, processes
 from beit_pretrain.errors import ConfigError, DataError
+from beit_pretrain.wording import is_whole, printable
 
 _LINE_EVERY = 10.0  # seconds between lines of progress
 _CHECKED = 2**12  # records that are looked at together
@@ -101,18 +102,22 @@ def show(root: Path) -> None:
     for path in found:
         try:
             made_of = json.loads(path.read_text())
+            if not all(is_whole(made_of[key], 1) for key in ("tokens", "vocabulary", "samples")):
+                raise ValueError("a number of it is none")
             record = record_type(made_of["tokens"])
-        except (ValueError, KeyError) as error:
+            line = (
+                f"{path.parent}: {made_of['tokens']} ids below {made_of['vocabulary']:,} of each image, seed "
+                f"{made_of['seed']}, {made_of['device']}, tokenizer {made_of['weights'][:12]}, images "
+                f"{made_of['images'][:12]}"
+            )
+        except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
             raise DataError(f"{path} is damaged: remove {path.parent}") from error
-        print(
-            f"{path.parent}: {made_of['tokens']} ids below {made_of['vocabulary']:,} of each image, seed "
-            f"{made_of['seed']}, {made_of['device']}, tokenizer {made_of['weights'][:12]}, images "
-            f"{made_of['images'][:12]}"
-        )
+        print(printable(line))
         for folder in sorted(entry for entry in path.parent.iterdir() if entry.is_dir()):
-            there = int((Parts(folder, made_of["samples"], record).table != NOWHERE).sum())
+            there = stored(folder, made_of["samples"], record)
             size = there * (record.itemsize + NUMBER.itemsize)
-            print(f"  {folder.name}: {there:,} of {made_of['samples']:,} images, {size / 1e9:.3g} GB")
+            said = f"{folder.name}: {there:,} of {made_of['samples']:,} images, {size / 1e9:.3g} GB"
+            print(f"  {printable(said)}")
 
 
 def _device(asked: str, local_rank: int) -> torch.device:

@@ -135,6 +135,26 @@ def test_another_process_and_another_split_are_told_apart_in_the_shared_log(tmp_
         even.note(6, "6", "r")
 
 
+def test_names_and_reasons_are_no_commands_and_no_formulas(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names, log = ["=1+1", "a\x1b[2J\n\u202eb", "-x"], tmp_path / "bad.csv"
+    bad = BadImages(indices=np.arange(9), max_bad=0.3, log=log)
+    for sample, name in enumerate(names[:2]):
+        bad.note(sample, name, "@reason\x9b")
+    assert all(line.isprintable() for line in caplog.messages) and r"a\x1b[2J\n\u202eb" in caplog.messages[1]
+    with log.open(newline="") as file:
+        assert list(csv.reader(file))[1:] == [
+            ["0", "'=1+1", "'@reason\x9b"],
+            ["1", names[1], "'@reason\x9b"],
+        ]
+    other = BadImages(indices=np.arange(9), max_bad=0.3, log=log)
+    with pytest.raises(DataError) as ended:
+        other.note(2, names[2], "x")
+    assert [other.known[sample][0] for sample in range(3)] == names
+    assert str(ended.value).isprintable() and "=1+1 (@reason" in str(ended.value)
+
+
 def test_without_any_readable_image_the_run_ends() -> None:
     failure = _dataset(Files(3, broken=[0, 1, 2]), range(3), max_bad=1.0)[Key(0, 0)]
     assert not isinstance(failure, Item) and failure.message.startswith("none of the 3 images can be read")

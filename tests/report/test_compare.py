@@ -239,6 +239,16 @@ def test_text_from_files_is_never_markup(group, tmp_path: Path) -> None:
     assert "<script" not in text and text.count("&lt;script&gt;") >= 4
 
 
+def test_text_from_files_is_no_formula(group) -> None:
+    configs = {"=a": {"-x": "@b", "optim": {"lr": -1e-3}}, "b": {"-x": "-1.5", "optim": {"lr": 2e-3}}}
+    finals = {name: {"val/loss": 2.0, "=val/x": -1.0} for name in configs}
+    rows = list(csv.DictReader(io.StringIO(table([group("pretrain", finals, configs=configs)]))))
+    assert [(row["name"], row["'-x"], row["optim.lr"]) for row in rows] == [
+        ("'=a", "'@b", "-0.001"),
+        ("b", "-1.5", "0.002"),
+    ]
+
+
 def test_the_table_for_other_programs_has_every_digit(group) -> None:
     finals = {"a": {"val/loss": 1 / 3, "val/accuracy": 0.125}, "b": {"val/loss": 2 / 3, "val/accuracy": 0.25}}
     made = group(

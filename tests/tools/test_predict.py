@@ -25,6 +25,7 @@ from beit_pretrain.tools.convert import convert
 from beit_pretrain.tools.images import batches, read_image
 from beit_pretrain.tools.load import load
 from beit_pretrain.tools.predict import predict
+from beit_pretrain.wording import from_cell
 
 NAMES = ["tench, Tinca tinca", "goldfish", "great white shark, white shark, man-eater", "zwölf", "虎斑猫"]
 NAMES += ["f", "g", "h", "i", "j"]
@@ -216,6 +217,26 @@ def test_names_that_are_not_unicode_come_through(run: Path, tmp_path: Path, caps
     assert direct(run, [path], out=tmp_path / "x.csv") == 0
     assert table(tmp_path / "x.csv")[0]["file"] == str(path)
     assert r"l\udce4ndlich.png" in capsys.readouterr().out
+
+
+def test_names_that_would_command_a_terminal_or_a_spreadsheet_are_text(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = ["=1+1", "\x1b]0;x\x07", "a\nb", "\u202egpj", *"efghij"]
+    run = save_classifier(tmp_path / "run", classes=classes)
+    monkeypatch.chdir(tmp_path)
+    names = ["=cmd \x1b[2J\n.png", "-x.png", "@y.png", "z.png"]
+    paths = [picture(Path(name), 40, 40) for name in names]
+    (tmp_path / "\x1b[31m.png").write_bytes(b"")
+    assert direct(run, [*paths, Path("\x1b[31m.png")], top=10, out=tmp_path / "x.csv") == 1
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.split("\n")) and r"=cmd \x1b[2J\n.png" in out
+    rows = table(tmp_path / "x.csv")
+    assert [row["file"] for row in rows] == ["'=cmd \x1b[2J\n.png", "'-x.png", "'@y.png", "z.png"]
+    assert [from_cell(row["file"]) for row in rows] == names
+    found = {row[f"class_{rank}"] for row in rows for rank in range(1, 11)}
+    assert found == {"'=1+1", *classes[1:]}
+    assert all(float(row["probability_1"]) > 0 for row in rows)
 
 
 # --- what goes wrong ----------------------------------------------------------------------------------------

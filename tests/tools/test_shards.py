@@ -137,3 +137,18 @@ def test_what_is_in_a_set_is_shown(folder: Path, capsys: pytest.CaptureFixture[s
     ]:
         assert line in out.splitlines()
     assert "size mb" not in out
+
+
+def test_what_a_set_says_does_not_command_the_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil, deep = "a\x1b[2J\x9b\u202e\nb", {"x": 1}
+    for _ in range(200):
+        deep = {"x": deep}
+    path = folder / "index.json"
+    change = {"class_names": [evil] * 3, "flaws": [[1, evil]], "written": {evil: evil, "y": {evil: deep}}}
+    change["passed_over"] = {"images": 1, "unclear": 0, "example": evil}
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    show(str(folder))
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.split("\n")) and out.count(r"a\x1b[2J\x9b\u202e\nb") >= 5

@@ -365,6 +365,18 @@ def test_a_format_that_shards_do_not_hold_becomes_png(
     assert read_index(tmp_path / "out").written["left_out"] == []
 
 
+def test_names_of_images_do_not_command_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(120):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / f"images/{number}\x1b[2J\n.png").write_bytes(picture("PNG", number) if number else b"")
+    assert run(tmp_path / "images", tmp_path / "out", samples=200) == 0
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.split("\n")) and r"/0\x1b[2J\n.png: " in out
+    assert len(read_index(tmp_path / "out").entries) == 119
+
+
 def test_too_many_that_cannot_be_read_are_no_set_until_they_are_mended(
     folder: Path, tmp_path: Path, unreadable: dict[int, bytes | None], capsys: pytest.CaptureFixture[str]
 ) -> None:

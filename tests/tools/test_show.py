@@ -120,6 +120,18 @@ def test_a_fine_tuned_run_with_its_ancestors(place: Path, shown: Any) -> None:
     assert len(lines) < 40
 
 
+def test_text_from_a_file_does_not_command_the_terminal(place: Path, tmp_path: Path, shown: Any) -> None:
+    evil = "a\x1b[2J\x9b\u202e\nb"
+    saved = files.read(place / "tuned" / "checkpoints" / "last.ckpt")["beit_pretrain"]
+    lineage, made = saved["lineage"], saved["preprocessing"]
+    ((role, parent),) = lineage["parents"].items()
+    parent = {**parent, "path": evil, "stage": evil, "name": evil}
+    lineage = {**lineage, "parents": {role: parent, evil: evil}, "git_commit": evil}
+    made = {**made, "class_names": [evil, *made["class_names"][1:]], "resize": evil}
+    out = shown(edit(place / "tuned", tmp_path / "x", lineage=lineage, preprocessing=made))
+    assert all(line.isprintable() for line in out.split("\n")) and out.count(r"a\x1b[2J\x9b\u202e\nb") >= 6
+
+
 def test_a_tokenizer(place: Path, shown: Any) -> None:
     out = shown(place / "tok")
     stage: Any = build_stage(compose(TOKENIZER))

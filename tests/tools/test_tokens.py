@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,7 +136,9 @@ def test_the_commands(asked: list[str]) -> None:
     assert "view-0001: 90 of 1,797 images, 1.26e-05 GB" in output and "held-out: 280 of 1,797" in output
 
 
-def test_what_is_no_cache_is_told_in_one_line(asked: list[str], tmp_path: Path) -> None:
+def test_what_is_no_cache_is_told_in_one_line(
+    asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ConfigError, match=r"^stage=classify learns no tokens: leave stage out"):
         build(["stage=classify"])
     with pytest.raises(ConfigError, match=r"^there is no cache to fill: set tokenizer.cache=FOLDER"):
@@ -145,6 +148,26 @@ def test_what_is_no_cache_is_told_in_one_line(asked: list[str], tmp_path: Path) 
     with pytest.raises(DataError, match=r"holds no token cache: give the folder that tokenizer.cache names$"):
         show(tmp_path)
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "cache.json").write_text('{"tokens": 3')
-    with pytest.raises(BeitError, match=r"^.*cache.json is damaged: remove "):
-        show(tmp_path)
+    whole = {
+        "tokens": 3,
+        "vocabulary": 8,
+        "samples": 10**15,
+        "seed": 0,
+        "device": "cpu",
+        "weights": "a",
+        "images": "b",
+    }
+    forged = [
+        whole | change for change in ({"tokens": "3"}, {"samples": -1}, {"vocabulary": []}, {"weights": 5})
+    ]
+    for text in ('{"tokens": 3', "[" * 100_000, "5", *map(json.dumps, forged)):
+        (tmp_path / "x" / "cache.json").write_text(text)
+        with pytest.raises(BeitError, match=r"^.*cache.json is damaged: remove "):
+            show(tmp_path)
+    (tmp_path / "x" / "cache.json").write_text(json.dumps(whole | {"device": "\x1b[2J"}))
+    (tmp_path / "x" / "view-0000").mkdir()
+    (tmp_path / "x" / "view-0000" / "a.ids").write_bytes(bytes(30))
+    np.array([5, 10**15, 5]).tofile(tmp_path / "x" / "view-0000" / "a.samples")
+    show(tmp_path)
+    out = capsys.readouterr().out
+    assert r"seed 0, \x1b[2J, tokenizer" in out and "view-0000: 1 of 1,000,000,000,000,000 images" in out
