@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from beit_pretrain.checkpoint import files, record
 from beit_pretrain.compose import flat_keys
 from beit_pretrain.errors import BeitError, CheckpointError, ConfigError
+from beit_pretrain.models.default_blocks import blocks_of_null
 
 HEARTBEAT = 15.0  # seconds between touches of the lock
 STALE = 120.0  # seconds without one after which another machine's lock is taken over
@@ -88,9 +89,17 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k in flat_keys(cfg) if not isinstance(v := OmegaConf.select(cfg, k), DictConfig)}
 
 
+def _with_blocks(flat: dict[str, Any]) -> dict[str, Any]:
+    """A flat configuration with the blocks that a null of stage.blocks stands for."""
+    depth = flat.get("model.depth")
+    if flat.get("stage.blocks", ()) is None and isinstance(depth, int):
+        flat["stage.blocks"] = blocks_of_null(depth)
+    return flat
+
+
 def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Keys in which two configurations differ: those that may, and those that may not (`key: before -> now`)."""
-    old, new = _flat(before), _flat(now)
+    old, new = (_with_blocks(_flat(config)) for config in (before, now))
     harmless, harmful = [], []
     scores = now.get("mode") == "evaluate" or (now.get("stage") or {}).get("name") == "knn"
     for key in sorted(old.keys() | new.keys()):
