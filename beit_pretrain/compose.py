@@ -22,8 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from beit_pretrain.adoption import adopt_checkpoints
 from beit_pretrain.errors import ConfigError
+from beit_pretrain.models.default_blocks import default_blocks
 from beit_pretrain.run_files import FOLDERS
-from beit_pretrain.wording import either, pair, show
+from beit_pretrain.wording import either, is_whole, pair, show
 
 NEEDED = (
     "model",
@@ -55,6 +56,10 @@ def register_resolvers() -> None:
     # BEiT's evaluation: the centre 224 of 256, and the whole picture where fine-tuning was at 384 or above.
     OmegaConf.register_new_resolver(
         "crop_pct", lambda size: 1.0 if min(pair(size)) >= 384 else 0.875, replace=True
+    )
+    # A depth that is none is named by the checks.
+    OmegaConf.register_new_resolver(
+        "blocks", lambda depth: default_blocks(depth) if is_whole(depth, 1) else None, replace=True
     )
 
 

@@ -14,6 +14,7 @@ from beit_pretrain import run_files
 from beit_pretrain.checkpoint import files, record
 from beit_pretrain.cluster.lock import Lock
 from beit_pretrain.errors import CheckpointError, ConfigError, LockLost
+from beit_pretrain.models.default_blocks import blocks_of_null
 from beit_pretrain.report.folder import read_series
 
 # May differ when a run goes on: where and how it runs, and what is watched; nothing that changes the weights.
@@ -92,6 +93,14 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _with_blocks(flat: dict[str, Any]) -> dict[str, Any]:
+    """A flat configuration with the blocks that a null of stage.blocks stands for."""
+    depth = flat.get("model.depth")
+    if flat.get("stage.blocks", ()) is None and isinstance(depth, int):
+        flat["stage.blocks"] = blocks_of_null(depth)
+    return flat
+
+
 def differences(
     before: dict[str, Any], now: dict[str, Any], by_hand: Callable[[], Collection[str]] = tuple
 ) -> tuple[list[str], list[str]]:
@@ -100,7 +109,7 @@ def differences(
     An option that `before` does not know may have its default, as nobody can ask for what was there before it; not a
     value that somebody has set: those keys `by_hand` is asked for.
     """
-    old, new = _flat(before), _flat(now)
+    old, new = (_with_blocks(_flat(config)) for config in (before, now))
     asked = by_hand() if new.keys() - old.keys() else ()
     harmless, harmful = [], []
     scores = now.get("mode") == "evaluate" or (now.get("stage") or {}).get("name") == "knn"

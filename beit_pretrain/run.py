@@ -7,12 +7,13 @@ import math
 import shlex
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, open_dict
@@ -26,7 +27,7 @@ from beit_pretrain.cluster import events
 from beit_pretrain.cluster.environment import from_rank_zero, process_group
 from beit_pretrain.cluster.launch import launched, restarts
 from beit_pretrain.cluster.signals import Signals
-from beit_pretrain.compose import recipe_diff, set_by_hand
+from beit_pretrain.compose import explicit_keys, recipe_diff, set_by_hand
 from beit_pretrain.devices import accelerator, processes
 from beit_pretrain.errors import BeitError
 from beit_pretrain.folder import RunFolder, plain
@@ -52,6 +53,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = (), signals: Signals | None 
     _tell(start_remarks(cfg))
     if cfg.dry_run or (knn and rank_zero_only.rank):
         return preview(cfg) if rank_zero_only.rank == 0 else {}
+    keep_null_blocks(cfg, overrides)
     config = plain(cfg)
     source = _source_hash(cfg)
     with ExitStack() as stack:
@@ -65,6 +67,19 @@ def run(cfg: DictConfig, overrides: Sequence[str] = (), signals: Signals | None 
         # The others wait: a chain's next link looks for what this one has written.
         from_rank_zero(lambda: _write(cfg, results, overrides, source, folder))
     return results
+
+
+def keep_null_blocks(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """A run that stored stage.blocks=null goes on with the blocks that it began with, on every rank."""
+    anew = cfg.overwrite or cfg.debug or "stage.blocks" in explicit_keys(overrides)
+    file = RunFolder(Path(cfg.run_dir)).config_file
+    if cfg.stage.name != "segment" or cfg.mode != "fit" or anew or not file.exists():
+        return
+    with suppress(ValueError, yaml.YAMLError):  # `RunFolder.compare` says what is wrong with the file
+        before = yaml.safe_load(file.read_text())
+        stage = before.get("stage") if isinstance(before, dict) else None
+        if isinstance(stage, dict) and stage.get("blocks", ()) is None:
+            cfg.stage.blocks = None
 
 
 def _write(

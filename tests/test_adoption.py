@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from classifiers import save_classifier
 from runs import DIGITS_TOKENIZER, pretrain, save_run
 from segmenters import save_segmenter
 
+from beit_pretrain.build import build_stage
 from beit_pretrain.compose import compose
 from beit_pretrain.errors import ConfigError
+from beit_pretrain.tools.load import load
 
 CLASSIFY = ["stage=classify", "data=digits"]
 SEGMENT = ["stage=segment", "data=image_masks", "data.root=scenes"]
@@ -134,9 +137,23 @@ def test_a_segmentation_takes_over_the_shape_of_what_it_starts_from(pretrained: 
         assert larger.stage.predict.crop == [64, 48]
 
 
+def test_a_segmentation_that_stored_no_blocks_is_scored_on_those_of_then(folder: Path) -> None:
+    run = save_segmenter(folder / "shallow", "model.depth=4", "stage.blocks=null")
+    cfg = compose([*SEGMENT, f"init_from={run}", "mode=evaluate"])
+    stage: Any = build_stage(cfg, ["wall", "floor", "sky"])
+    model: Any = load(run).model
+    assert stage.blocks == model.blocks == [1, 1, 2, 3]
+    assert list(compose([*SEGMENT, f"init_from={run}"]).stage.blocks) == [
+        0,
+        1,
+        2,
+        3,
+    ]  # trained on: a new head
+
+
 def test_a_segmentation_that_goes_on_to_other_scenes_chooses_its_own_head(segmented: Path) -> None:
     cfg = compose([*SEGMENT, f"init_from={segmented}"])
-    assert (cfg.stage.blocks, cfg.stage.channels, cfg.image_size) == (None, 24, [32, 40])
+    assert (cfg.stage.blocks, cfg.stage.channels, cfg.image_size) == ([0, 0, 1, 1], 24, [32, 40])
 
 
 @pytest.mark.parametrize("more", [[], ["experiment=segment_multi_scale"]], ids=["plain", "multi-scale"])

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from beit_pretrain.build import build_stage
 from beit_pretrain.checkpoint import files
 from beit_pretrain.compose import compose, set_by_hand
 from beit_pretrain.errors import BeitError, ConfigError
 from beit_pretrain.folder import ADDED, RunFolder, differences, plain
+from beit_pretrain.run import keep_null_blocks
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,43 @@ def test_how_a_segmentation_is_watched_and_how_fast_it_predicts_may_change_but_n
     for override in ("stage.predict.flip=true", "stage.channels=9", "data.epoch_steps=5"):
         harmless, harmful = now(override)
         assert not harmless and harmful[0].startswith(override.partition("=")[0])
+
+
+SCENES = ["stage=segment", "data=image_masks", "data.root=scenes", "model=micro"]
+
+
+@pytest.mark.parametrize(
+    ("depth", "new", "old"), [(4, [0, 1, 2, 3], [1, 1, 2, 3]), (12, [3, 5, 7, 11], [3, 5, 7, 11])]
+)
+def test_a_segmentation_that_stored_no_blocks_goes_on_with_those_of_then(
+    tmp_path: Path, depth: int, new: list[int], old: list[int]
+) -> None:
+    given = [*SCENES, f"model.depth={depth}", f"runs={tmp_path}", "name=run"]
+    cfg = compose(given)
+    stored = changed(plain(cfg), stage__blocks=None)
+    assert plain(cfg)["stage"]["blocks"] == new  # what a new run stores
+    folder = begun(tmp_path / "run", stored)
+    keep_null_blocks(cfg, given)
+    stage: Any = build_stage(cfg, ["a", "b"])
+    assert stage.blocks == old and folder.compare(plain(cfg)) == []
+    anew = compose([*given, "overwrite=true"])
+    keep_null_blocks(anew, [*given, "overwrite=true"])
+    assert list(anew.stage.blocks) == new
+    same, asked = ([*given, f"stage.blocks={blocks}"] for blocks in (old, [0, 0, 0, depth - 1]))
+    assert differences(stored, plain(compose(same))) == ([], [])
+    other = compose(asked)
+    keep_null_blocks(other, asked)
+    with pytest.raises(ConfigError, match=r"stage\.blocks: .* -> \[0, 0, 0"):
+        folder.compare(plain(other))
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "stage: 3", "{", "stage: {name: segment}"])
+def test_a_configuration_that_cannot_be_read_says_nothing_of_blocks(tmp_path: Path, content: str) -> None:
+    cfg = compose([*SCENES, f"runs={tmp_path}", "name=run"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(content)
+    keep_null_blocks(cfg, [])
+    assert list(cfg.stage.blocks) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("override", ["name=other", "runs=elsewhere", "overwrite=true", "dry_run=true"])

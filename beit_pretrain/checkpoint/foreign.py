@@ -46,14 +46,18 @@ def content(file: Path, *, key: str) -> dict[str, Any]:
         # The authors' scripts save their command line along, in the plainest of classes.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return files.read(file, key)
-    parts = sorted(set(_json(file, f"{key}={file}")["weight_map"].values()))
+    listed = _json(file, f"{key}={file}").get("weight_map")
+    parts = sorted(set(map(str, listed.values()))) if isinstance(listed, Mapping) else []
+    if not parts or any(Path(part).name != part for part in parts):
+        raise CheckpointError(f"{key}={file} lists no files of weights beside it (weight_map): copy it again")
     return {name: value for part in parts for name, value in files.read(file.with_name(part), key).items()}
 
 
 def read(content: Mapping[str, Any], file: Path, facts: Facts, *, given: str) -> dict[str, Any]:
     """The checkpoint of ours that a file's content stands for, with what lies beside it (`config.json`).
 
-    facts: what the place it came from knows beyond the file: mean, std, crop_pct, image_size, source.
+    facts: what the place it came from, or the user, knows beyond the file: mean, std, crop_pct, image_size, heads,
+    source.
     given: what messages call the file.
     Raises CheckpointError, in one line, if it holds no BEiT, or weights that no BEiT has.
     """
@@ -81,6 +85,10 @@ def as_ours(content: Mapping[str, Any], beside: Beside, *, given: str) -> dict[s
     wrappers, state = _unwrap(content)
     if not state:
         raise CheckpointError(f"{given} holds no weights: give a file of a BEiT")
+    if bare := [n for n, value in state.items() if value.is_meta or value.layout != torch.strided]:
+        raise CheckpointError(
+            f"{given} holds tensors that are sparse or without values ({_few(bare)}): save them as plain ones"
+        )
     kind = _kind(state, given)
     convert = formats.from_hugging_face if kind == "huggingface" else formats.from_original
     ours, left, unknown = convert(state)
@@ -89,11 +97,9 @@ def as_ours(content: Mapping[str, Any], beside: Beside, *, given: str) -> dict[s
             f"{given} holds weights that no BEiT has ({len(unknown)} of {len(state)}: {_few(unknown)}): give a file of "
             "a BEiT"
         )
-    idle = (beside.config.get("beit_pretrain") or {}).get("idle_layers", 0)
-    if idle:
-        ours = _without_last(ours, idle)
+    ours = _without_idle(ours, beside.config)
     average = next((content[name] for name in AVERAGES if isinstance(content.get(name), Mapping)), None)
-    if average is not None:
+    if average is not None and wrappers[:1] not in [[name] for name in AVERAGES]:
         twin, _, _ = convert(_unwrap(average)[1])
         ours |= {f"ema.module.{name}": value for name, value in twin.items()}
     for name in [name for name in ours if name.endswith("running_mean")]:
@@ -121,18 +127,21 @@ def as_ours(content: Mapping[str, Any], beside: Beside, *, given: str) -> dict[s
 
 def _json(path: Path, given: str) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{given}: {path} is no JSON ({error}): copy it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{given}: {path} holds a {type(found).__name__}, not an object: copy it again")
+    return found
 
 
 def _unwrap(content: Mapping[str, Any]) -> tuple[list[str], dict[str, Tensor]]:
     """What lies around a file's weights, and the weights under their bare names."""
     wrappers = []
-    while (inner := next((n for n in WRAPPERS if isinstance(content.get(n), Mapping)), None)) is not None:
+    while (inner := _wrapper(content)) is not None:
         wrappers.append(inner)
         content = content[inner]
-    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    state = {name: value for name, value in content.items() if _is_weight(name, value)}
     while state and (prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in state)), None)):
         wrappers.append(prefix)
         state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -144,6 +153,22 @@ def _unwrap(content: Mapping[str, Any]) -> tuple[list[str], dict[str, Tensor]]:
         wrappers.append("backbone.")
         state = {name.removeprefix("backbone."): value for name, value in state.items()}
     return wrappers, state
+
+
+def _wrapper(content: Mapping[str, Any]) -> str | None:
+    """Below which name the weights are; the running average's where there is nothing else."""
+    names = (*WRAPPERS, *(() if any(_is_weight(*item) for item in content.items()) else AVERAGES))
+    return next(
+        (n for n in names if isinstance(content.get(n), Mapping) and _holds_weights(content[n])), None
+    )
+
+
+def _holds_weights(content: Mapping[str, Any]) -> bool:
+    return _wrapper(content) is not None or any(_is_weight(*item) for item in content.items())
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
 
 
 def _kind(state: Mapping[str, Tensor], given: str) -> str:
@@ -180,11 +205,19 @@ def _kind(state: Mapping[str, Tensor], given: str) -> str:
     raise CheckpointError(f"{given} is {what}: give a file of a BEiT")
 
 
-def _without_last(state: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """A segmentation without the layers that were added so that Transformers can look at the last true one."""
-    depth = depth_of(state)
-    idle = tuple(f"encoder.blocks.{depth - 1 - i}." for i in range(count))
-    return {name: value for name, value in state.items() if not name.startswith(idle)}
+def _without_idle(state: dict[str, Tensor], config: Facts) -> dict[str, Tensor]:
+    """A segmentation without the layers that were added so that Transformers can look at the last true one.
+
+    One that was trained since is no longer of zeros, and stays.
+    """
+    mark = config.get("beit_pretrain")
+    count = mark.get("idle_layers") if isinstance(mark, Mapping) else 0
+    for _ in range(count if isinstance(count, int) else 0):
+        last = f"encoder.blocks.{depth_of(state) - 1}."
+        if any(value.any() for name, value in state.items() if name.startswith(last)):
+            break
+        state = {name: value for name, value in state.items() if not name.startswith(last)}
+    return state
 
 
 def _few(names: list[str]) -> str:

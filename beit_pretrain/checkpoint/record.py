@@ -104,17 +104,18 @@ def same_resampling(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def read(source: str | Path, *, key: str) -> dict[str, Any]:
+def read(source: str | Path, *, key: str, heads: int | None = None) -> dict[str, Any]:
     """A checkpoint of ours, or what a file of others is as one of ours (`checkpoint/foreign`).
 
-    `source` is a run folder, a file, or what else `places` knows; `key` is the config key that it came from.
+    `source` is a run folder, a file, or what else `places` knows; `key` is the config key that it came from; `heads`
+    the number of heads for a file that does not say it.
     Raises CheckpointError if there is none, none of a BEiT, or one whose record is not plain data (`stored`).
     """
     given = f"{key}={source}"
     file, facts = file_of(source, key=key)
     content = foreign.content(file, key=key)
     if "beit_pretrain" not in content:
-        content = foreign.read(content, file, facts, given=given)
+        content = foreign.read(content, file, {**facts, "heads": heads}, given=given)
     check(content, given)
     return content
 

@@ -19,6 +19,7 @@ from beit_pretrain.errors import ConfigError
 from beit_pretrain.label_maps import IGNORED
 from beit_pretrain.models.batch_norm import BatchNorm
 from beit_pretrain.models.beit import Beit
+from beit_pretrain.models.default_blocks import blocks_of_null, default_blocks
 from beit_pretrain.models.upernet import SegmentationHead, maps_of
 from beit_pretrain.stages.base import Stage, StepResult
 from beit_pretrain.stages.worst import WorstImages
@@ -29,7 +30,7 @@ class Segment(Stage):
 
     - `classes`: names in the order of the labels.
     - `blocks`: four blocks, counted from 0 in rising order and the last one among them, that the neck starts from;
-      None for those after a third, half, two thirds and all (3, 5, 7, 11 of 12).
+      None for those that it stands for in runs that stored it (`blocks_of_null`); new ones store four numbers.
     - `channels`: of UPerNet.
     - `auxiliary_weight`: of the auxiliary head's loss.
     - `predict`: how whole images are segmented.
@@ -57,7 +58,7 @@ class Segment(Stage):
         _check(blocks, encoder.depth, channels, auxiliary_weight)
         self.encoder = encoder
         self.classes = list(classes)  # Hydra hands over its own kind of list
-        self.blocks = list(blocks) if blocks is not None else default_blocks(encoder.depth)
+        self.blocks = list(blocks) if blocks is not None else blocks_of_null(encoder.depth)
         self.head = SegmentationHead(width=encoder.width, channels=channels, classes=len(classes))
         self.auxiliary_weight = auxiliary_weight
         self.sliding = predict
@@ -177,11 +178,6 @@ class Segment(Stage):
         self.table = checkpoint["beit_pretrain"]["table"]
 
 
-def default_blocks(depth: int) -> list[int]:
-    """The blocks, counted from 0, after a third, half, two thirds and all of the depth."""
-    return [-(-depth * part // 6) - 1 for part in (2, 3, 4, 6)]
-
-
 def _at(logits: Tensor, target: Tensor) -> Tensor:
     """Logits (B, C, ...) in float32 at the size of the label maps (B, H, W), bilinear between pixel centres."""
     return F.interpolate(logits.float(), size=target.shape[-2:], mode="bilinear", align_corners=False)
@@ -194,7 +190,7 @@ def _check(blocks: Any, depth: int, channels: Any, auxiliary_weight: Any) -> Non
     if blocks is not None and not rising:
         faults.append(
             f"stage.blocks={blocks}: set four blocks in rising order, the last one {depth - 1}, the encoder's last, "
-            f"such as {default_blocks(depth)}, or null for these"
+            f"such as {default_blocks(depth)}, or leave it out"
         )
     if type(channels) is not int or channels < 1:
         faults.append(f"stage.channels={channels}: set a whole number from 1")

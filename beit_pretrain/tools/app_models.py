@@ -21,6 +21,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 Colours = Annotated[
     str | None, typer.Option(help="three numbers, such as 0.5,0.5,0.5, where the file does not say them")
 ]
+Heads = Annotated[int | None, typer.Option(help="of the attention, where the file does not say it", min=1)]
 
 
 def register(app: typer.Typer) -> None:
@@ -36,6 +37,7 @@ def convert(
     weights: Weights = "raw",
     mean: Colours = None,
     std: Colours = None,
+    heads: Heads = None,
 ) -> None:
     """Weights in another format, compared there: beit-tools convert runs/finetune out --to huggingface
 
@@ -45,15 +47,23 @@ def convert(
     from beit_pretrain.tools.convert import convert as convert_to
 
     typer.echo(
-        convert_to(source, out.expanduser(), to=to, weights=weights, mean=numbers(mean), std=numbers(std))
+        convert_to(
+            source,
+            out.expanduser(),
+            to=to,
+            weights=weights,
+            mean=numbers(mean),
+            std=numbers(std),
+            heads=heads,
+        )
     )
 
 
-def show(source: Model) -> None:
+def show(source: Model, heads: Heads = None) -> None:
     """What a file of weights is and where it comes from, as a tree: beit-tools show runs/finetune"""
     from beit_pretrain.tools.show import show as print_tree
 
-    print_tree(source)
+    print_tree(source, heads)
 
 
 def predict(
@@ -65,6 +75,7 @@ def predict(
     image_size: Size = None,
     mean: Colours = None,
     std: Colours = None,
+    heads: Heads = None,
     batch_size: Batch = 32,
     device: Device = "auto",
 ) -> None:
@@ -77,7 +88,7 @@ def predict(
             images,
             top=top,
             out=None if out is None else out.expanduser(),
-            options=_options(weights, image_size, mean, std),
+            options=_options(weights, image_size, mean, std, heads),
             batch_size=batch_size,
             device=device,
         )
@@ -99,6 +110,7 @@ def segment(
     ] = None,
     mean: Colours = None,
     std: Colours = None,
+    heads: Heads = None,
     device: Device = "auto",
 ) -> None:
     """The class of each pixel: beit-tools segment runs/segment photo.jpg folder/ --out segments
@@ -115,7 +127,7 @@ def segment(
             multi_scale=multi_scale,
             whole=whole,
             alpha=alpha,
-            options={**_options("raw", None, mean, std), "blocks": _whole_numbers("--blocks", blocks)},
+            options={**_options("raw", None, mean, std, heads), "blocks": _whole_numbers("--blocks", blocks)},
             device=device,
         )
     )
@@ -135,6 +147,7 @@ def embed(
     image_size: Size = None,
     mean: Colours = None,
     std: Colours = None,
+    heads: Heads = None,
     batch_size: Batch = 32,
     device: Device = "auto",
 ) -> None:
@@ -148,7 +161,7 @@ def embed(
             out=out.expanduser(),
             block=block,
             pooling=pooling,
-            options=_options(weights, image_size, mean, std),
+            options=_options(weights, image_size, mean, std, heads),
             batch_size=batch_size,
             device=device,
         )
@@ -166,6 +179,7 @@ def reconstruct(
     seed: Annotated[int, typer.Option(help="of the masks", min=0)] = 0,
     mean: Colours = None,
     std: Colours = None,
+    heads: Heads = None,
     device: Device = "auto",
 ) -> None:
     """What a pre-trained model sees behind a mask: beit-tools reconstruct runs/pretrain photo.jpg"""
@@ -178,7 +192,7 @@ def reconstruct(
             out=out.expanduser(),
             tokenizer=tokenizer,
             seed=seed,
-            options=_options("raw", None, mean, std),
+            options=_options("raw", None, mean, std, heads),
             device=device,
         )
     )
@@ -198,6 +212,7 @@ def attention(
     image_size: Size = None,
     mean: Colours = None,
     std: Colours = None,
+    heads: Heads = None,
     device: Device = "auto",
 ) -> None:
     """Where each head looks from one patch: beit-tools attention runs/pretrain photo.jpg --patch 7,4"""
@@ -210,7 +225,7 @@ def attention(
             out=out.expanduser(),
             patch=patch,
             block=block,
-            options=_options(weights, image_size, mean, std),
+            options=_options(weights, image_size, mean, std, heads),
             device=device,
         )
     )
@@ -224,12 +239,15 @@ def export(
     image_size: Size = None,
     mean: Colours = None,
     std: Colours = None,
+    heads: Heads = None,
 ) -> None:
     """The model as a graph, checked against itself: beit-tools export runs/finetune model.onnx --to onnx"""
     from beit_pretrain.tools.export import export as write_graph
 
     typer.echo(
-        write_graph(checkpoint, out.expanduser(), to=to, options=_options(weights, image_size, mean, std))
+        write_graph(
+            checkpoint, out.expanduser(), to=to, options=_options(weights, image_size, mean, std, heads)
+        )
     )
 
 
@@ -245,7 +263,9 @@ def numbers(text: str | None) -> list[float] | None:
         ) from None
 
 
-def _options(weights: str, image_size: str | None, mean: str | None, std: str | None) -> dict[str, Any]:
+def _options(
+    weights: str, image_size: str | None, mean: str | None, std: str | None, heads: int | None
+) -> dict[str, Any]:
     """What `load` takes beside the path."""
     size = _whole_numbers("--image-size", image_size)
     if size is not None and (len(size) > 2 or min(size) < 1):
@@ -255,6 +275,7 @@ def _options(weights: str, image_size: str | None, mean: str | None, std: str | 
         "image_size": None if size is None else (size * 2)[:2],
         "mean": numbers(mean),
         "std": numbers(std),
+        "heads": heads,
         "key": "CHECKPOINT",
         "tell": lambda note: typer.echo(f"note: {printable(note)}", err=True),
     }

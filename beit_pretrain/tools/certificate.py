@@ -77,24 +77,31 @@ def logits(loaded: Loaded, given: Inputs) -> Tensor:
     return loaded.model(given.image)
 
 
-def compare(ours: Tensor, theirs: Tensor, library: str) -> Comparison:
+def compare(ours: Tensor, theirs: Tensor, library: str, what: str = "logits") -> Comparison:
     """CheckpointError if they differ by more than LIMIT, or in shape, or are no numbers."""
     if ours.shape != theirs.shape:
         raise CheckpointError(
-            f"logits of {library} have shape {tuple(theirs.shape)}, ours {tuple(ours.shape)}: nothing was written"
+            f"{what} of {library} have shape {tuple(theirs.shape)}, ours {tuple(ours.shape)}: nothing was written"
         )
     difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     allowed = LIMIT * max(1.0, scale)
     if not (math.isfinite(difference) and difference <= allowed):
         raise CheckpointError(
-            f"logits of {library} differ from ours by {difference:.2g}, where the largest is {scale:.2g} and "
+            f"{what} of {library} differ from ours by {difference:.2g}, where the largest is {scale:.2g} and "
             f"{allowed:.2g} is allowed: nothing was written"
         )
     return Comparison(library=library, difference=difference, scale=scale)
 
 
 def certificate(
-    loaded: Loaded, folder: Path, comparison: Comparison, *, to: str, pictures: list[str], left_out: list[str]
+    loaded: Loaded,
+    folder: Path,
+    comparison: Comparison,
+    read_again: Comparison,
+    *,
+    to: str,
+    pictures: list[str],
+    left_out: list[str],
 ) -> dict[str, Any]:
     """What certificate.json holds: numbers, versions and hashes; `folder` is as it will be, but for this file."""
     name, _, version = (comparison.library or "").partition(" ")
@@ -108,6 +115,7 @@ def certificate(
         "limit": LIMIT,
         "pictures": pictures,
         "read_back": "bit-equal",
+        "read_back_difference": read_again.difference,
         "left_out": left_out,
         "weights": files.weight_hash(loaded.model.state_dict()),
         "files": {path.name: files.sha256(path) for path in sorted(folder.iterdir())},

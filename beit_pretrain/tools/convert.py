@@ -36,14 +36,14 @@ from beit_pretrain.wording import either
 
 KEY = "SOURCE"
 ORIGINAL = "checkpoint.pth"
+NECK = 16  # pixels of the patches for which the authors' neck is the one of `models/upernet`
 
 
 class Target(NamedTuple):
-    """A format: what writes it, what lies in the folder for our reader, and who else reads it."""
+    """A format: what writes it, and who else reads it."""
 
     # Files into a folder, with what our reader is told beside the format's own; remarks for the user.
     write: Callable[[Loaded, Path, dict[str, Any]], list[str]]
-    weights: str  # the file that is read again; "" the folder as a whole
     library: str  # that the folder is for, or that has its names
     outputs: Callable[[Loaded, Path, Inputs], tuple[Tensor, Tensor]]  # ours, the library's
     left_out: Callable[[Loaded], list[str]]  # weights that the format has no place for
@@ -58,51 +58,56 @@ def convert(
     weights: str,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
+    heads: int | None = None,
 ) -> str:
     """Write the model as a folder of the format `to`, compare it there; returns what to print.
 
-    weights: raw or ema; mean, std: where the source does not say them.
+    weights: raw or ema; mean, std, heads: where the source does not say them.
     Raises CheckpointError or ConfigError in one line, and nothing is left, if the folder is not free, the model
-    cannot be had or has no form there, its logits differ, or its weights are others when read again.
+    cannot be had or has no form there, its logits differ, or what is read again is another model.
     """
     if to not in TARGETS:
         raise CheckpointError(f"--to {to} is unknown: set {either(list(TARGETS))}")
     target = TARGETS[to]
     with _new_folder(out) as folder:
         notes: list[str] = []
-        loaded = load(source, weights=weights, mean=mean, std=std, key=KEY, tell=notes.append)
+        loaded = load(source, weights=weights, mean=mean, std=std, heads=heads, key=KEY, tell=notes.append)
         if loaded.stage == "encoder" and target.card is not None:
             raise CheckpointError(f"{KEY}={source} is an encoder without a head: set --to original")
-        state = loaded.model.state_dict()
-        remarks = target.write(loaded, folder, _mark(source, loaded))
+        left_out = target.left_out(loaded)
+        remarks = target.write(loaded, folder, _mark(source, loaded, left_out))
         given = inputs(loaded)
         comparison = _compare(target, loaded, folder, given)
-        left_out = target.left_out(loaded)
-        again = record.read(folder / target.weights, key="OUT")["state_dict"]
-        check_read_back(state, again, left_out)
+        read_again = _read_again(loaded, folder, given, left_out)
         if target.card is not None:
             card = model_card.model_card(loaded, target.card(loaded), comparison, given.names, remarks)
             files.write_text(folder / "README.md", card)
         content = certificate(
-            loaded, folder, comparison, to=to, pictures=given.names, left_out=sorted(left_out)
+            loaded, folder, comparison, read_again, to=to, pictures=given.names, left_out=sorted(left_out)
         )
         files.write_text(folder / FILE, json.dumps(content, indent=2) + "\n")
     lines = [
         f"{out}: stage={loaded.stage} as {to}",
         comparison.line(),
-        "read again, every weight is bit-equal",
+        "read again, every weight is bit-equal, with the same logits",
     ]
     return "\n".join([*lines, *remarks, *notes])
 
 
-def _mark(source: str, loaded: Loaded) -> dict[str, Any]:
-    """What the format has no place for: this project reads it off the files again."""
+def _mark(source: str, loaded: Loaded, left_out: Sequence[str]) -> dict[str, Any]:
+    """What the format has no place for: this project reads it off the files again.
+
+    With the hash of the weights that are written, which tells whether they were trained elsewhere since.
+    """
+    state = loaded.model.state_dict()
     origin = record.parent(source, {"beit_pretrain": loaded.about}, key=KEY)
     return {
         "version": record.versions().get("beit-pretrain"),
         "stage": loaded.stage,
         "image_size": list(loaded.preprocess.image_size),
         "crop_pct": loaded.preprocess.crop_pct,
+        "heads": loaded.about["config"]["model"]["heads"],
+        "weights": files.weight_hash({name: state[name] for name in state.keys() - set(left_out)}),
         **({"blocks": loaded.model.blocks} if isinstance(loaded.model, Segmenter) else {}),
         "lineage": {"converted_from": _without_folders(origin)},
     }
@@ -119,6 +124,18 @@ def _without_folders(entry: dict[str, Any]) -> dict[str, Any]:
         for role, parent in (entry.get("parents") or {}).items()
     }
     return {**entry, **named, "parents": above}
+
+
+def _read_again(loaded: Loaded, folder: Path, given: Inputs, left_out: Sequence[str]) -> Comparison:
+    """The written folder as a user of this project reads it: weights bit by bit, pixels and logits."""
+    again = load(folder, key="OUT", tell=lambda note: None)  # the notes are of the source, and were told
+    check_read_back(loaded.model.state_dict(), again.model.state_dict(), left_out)
+    who = "the folder, read again,"
+    compare(given.image, inputs(again).image, who, what="pixels")
+    with torch.inference_mode():
+        if again.stage == "encoder":  # without the head that the format has no place for
+            return compare(loaded.encoder(given.image), again.encoder(given.image), who)
+        return compare(logits(loaded, given), logits(again, given), who)
 
 
 def _compare(target: Target, loaded: Loaded, folder: Path, given: Inputs) -> Comparison:
@@ -193,7 +210,13 @@ def _write_original(loaded: Loaded, folder: Path, mark: dict[str, Any]) -> list[
         "reduce_zero_label": bool(loaded.about["preprocessing"].get("reduce_zero_label")),
     }
     files.write(folder / ORIGINAL, content)
-    return []
+    patch_size = loaded.encoder.patch_size
+    if not isinstance(loaded.model, Segmenter) or patch_size == NECK:
+        return []
+    return [
+        f"patches of {patch_size} pixels: the authors' segmentation builds this neck for patches of {NECK} only, and "
+        "does not take the file; this project reads it"
+    ]
 
 
 def _original_outputs(loaded: Loaded, folder: Path, given: Inputs) -> tuple[Tensor, Tensor]:
@@ -208,16 +231,13 @@ def _original_outputs(loaded: Loaded, folder: Path, given: Inputs) -> tuple[Tens
 
 
 TARGETS = {
-    "original": Target(_write_original, ORIGINAL, "timm", _original_outputs, lambda loaded: []),
+    "original": Target(_write_original, "timm", _original_outputs, lambda loaded: []),
     "huggingface": Target(
         convert_huggingface.write,
-        "",
         "transformers",
         convert_huggingface.outputs,
         lambda loaded: [],
         convert_huggingface.use,
     ),
-    "timm": Target(
-        convert_timm.write, "", "timm", convert_timm.outputs, convert_timm.left_out, convert_timm.use
-    ),
+    "timm": Target(convert_timm.write, "timm", convert_timm.outputs, convert_timm.left_out, convert_timm.use),
 }

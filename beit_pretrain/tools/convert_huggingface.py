@@ -8,6 +8,8 @@ What Transformers' BEiT does otherwise than ours, and how its files are written 
 - Segmentation looks at hidden state i - 1 for i in `out_indices`, where 0 is the embedding: block b, counted from 0, is
   b + 2. Its check refuses an index above the number of layers, which the last block would need: one more layer is
   written, of zeros, which adds nothing to the tokens.
+- Before 5 its image processors of BEiT squeeze every picture: the one that keeps its shape and cuts out the centre is
+  named after another model (see `_preprocessor`).
 - With `use_mean_pooling` false the encoder ends in a norm: heads that bring their own norm need it true.
 """
 
@@ -15,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -29,15 +30,17 @@ from torch import Tensor
 from beit_pretrain.checkpoint import files
 from beit_pretrain.checkpoint.adapt import SHARED, TABLE
 from beit_pretrain.checkpoint.formats import to_hugging_face
+from beit_pretrain.checkpoint.processor import as_a_whole, cover
 from beit_pretrain.errors import CheckpointError
 from beit_pretrain.label_maps import IGNORED
 from beit_pretrain.models.blocks import NORM_EPS
+from beit_pretrain.models.default_blocks import default_blocks
 from beit_pretrain.models.upernet import AUXILIARY_CHANNELS, POOL_SCALES
 from beit_pretrain.models.whole import Classifier, Segmenter
 from beit_pretrain.tools.certificate import Inputs, logits
 from beit_pretrain.tools.load import Loaded
 from beit_pretrain.tools.model_card import Use
-from beit_pretrain.wording import times
+from beit_pretrain.wording import bracket, times
 
 CLASSES = {
     "pretrain": "BeitForMaskedImageModeling",
@@ -95,16 +98,18 @@ def _refuse(loaded: Loaded) -> None:
         )
     if not isinstance(model, Segmenter):
         return
+    faults, mends = [], []
     channels, width = model.head.decode_head.conv_seg.in_channels, encoder.width
     if channels != width:
-        raise CheckpointError(
-            f"the segmentation head has stage.channels={channels}, and Transformers' has the encoder's width, {width}: "
-            "set --to original"
-        )
+        faults.append(f"has stage.channels={channels}, and Transformers' has the encoder's width")
+        mends.append(f"stage.channels={width}")
     if not all(a < b for a, b in pairwise(model.blocks)):
+        faults.append(f"looks at blocks {bracket(model.blocks)}, and Transformers takes each only once")
+        shallow = encoder.depth < len(model.blocks)
+        mends.append("model.depth=4" if shallow else f"stage.blocks={bracket(default_blocks(encoder.depth))}")
+    if faults:
         raise CheckpointError(
-            f"the segmentation head looks at blocks {model.blocks}, and Transformers takes each only once: "
-            "set --to original"
+            f"the segmentation head {' and '.join(faults)}: set --to original, or train with {' '.join(mends)}"
         )
     if min(rows, columns) < 2:
         raise CheckpointError(
@@ -180,14 +185,24 @@ def _labels(loaded: Loaded) -> dict[str, Any]:
 def _preprocessor(loaded: Loaded) -> dict[str, Any]:
     """preprocessor_config.json."""
     height, width = loaded.preprocess.image_size
-    whole = _as_a_whole(loaded)
-    edge = math.floor(height / loaded.preprocess.crop_pct + 1e-6)
+    whole = as_a_whole(loaded.stage, loaded.preprocess.image_size)
     reduced = loaded.about["preprocessing"].get("reduce_zero_label", False)
+    sizes: dict[str, Any] = {
+        "image_processor_type": "BeitImageProcessor",
+        "size": {"height": height, "width": width},
+    }
+    if not whole:
+        # Bit's processor is the same one with one number for the shorter side, in every version: Auto classes and
+        # pipelines take it. BEiT's own, by its name, takes the number for the shorter side since 5, as
+        # default_to_square says, and for both sides before, where it refuses a shortest_edge.
+        sizes = {
+            "image_processor_type": "BitImageProcessor",
+            "size": cover(height, loaded.preprocess.crop_pct),
+            "default_to_square": False,
+        }
     return {
-        # Transformers 5 has one processor and takes either name; the other one of 4 cannot keep the shape of a picture.
-        "image_processor_type": "BeitImageProcessorFast",
+        **sizes,
         "do_resize": True,
-        "size": {"height": height, "width": width} if whole else {"shortest_edge": edge},
         "resample": int(Image.Resampling.BICUBIC),
         "do_center_crop": not whole,
         "crop_size": {"height": height, "width": width},
@@ -200,12 +215,6 @@ def _preprocessor(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def _as_a_whole(loaded: Loaded) -> bool:
-    """Whether pictures are squeezed into the input: a shortest edge, which a crop starts from, covers squares only."""
-    height, width = loaded.preprocess.image_size
-    return height != width or loaded.stage == "segment"
-
-
 def _remarks(loaded: Loaded) -> list[str]:
     height, width = loaded.preprocess.image_size
     remarks = []
@@ -214,7 +223,7 @@ def _remarks(loaded: Loaded) -> list[str]:
             f"config.json has image_size [{width}, {height}], width first: only so does Transformers read position "
             f"tables that are not square; pictures are {height} high and {width} wide"
         )
-    if _as_a_whole(loaded):
+    if as_a_whole(loaded.stage, loaded.preprocess.image_size):
         scored = "sliding windows" if loaded.stage == "segment" else "the centre of each picture"
         remarks.append(
             f"the image processor of Transformers brings every picture to {height} x {width} as a whole; here the "
@@ -287,6 +296,17 @@ with torch.inference_mode():
 """
 
 
+_PROCESSORS = (
+    "`AutoImageProcessor` and `pipeline` give the pixels that the model was scored on. `BeitImageProcessor`, called by "
+    "its name, does too since Transformers 5; before, it and `BeitFeatureExtractor` squeeze the whole picture to a "
+    "square, and scores are a little others"
+)
+_LABEL_MAPS = (
+    "To train on label maps, give the image processor `resample=0`, and resize the images yourself if they are to be "
+    "bicubic: it resizes label maps like images, and anything but the nearest pixel makes classes up"
+)
+
+
 def use(loaded: Loaded) -> Use:
     """What the card says of Transformers."""
     task, snippet = {
@@ -294,4 +314,6 @@ def use(loaded: Loaded) -> Use:
         "classify": ("image-classification", _CLASSIFY),
         "segment": ("image-segmentation", _SEGMENT),
     }[loaded.stage]
-    return Use(library="transformers", task=task, snippet=snippet)
+    notes = [] if as_a_whole(loaded.stage, loaded.preprocess.image_size) else [_PROCESSORS]
+    notes += [_LABEL_MAPS] if loaded.stage == "segment" else []
+    return Use(library="transformers", task=task, snippet=snippet, notes=notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,13 @@ from beit_pretrain.data.decode import to_tensor
 from beit_pretrain.data.transforms import EvalView
 from beit_pretrain.errors import CheckpointError, ConfigError
 from beit_pretrain.models.beit import Beit
+from beit_pretrain.models.default_blocks import blocks_of_null
 from beit_pretrain.models.heads import ClassHead, MIMHead
 from beit_pretrain.models.upernet import SegmentationHead
 from beit_pretrain.models.whole import Classifier, Headless, MaskedImageModel, Segmenter
 from beit_pretrain.origins import check_fit, grid_of, load_strictly, part_weights
-from beit_pretrain.stages.segment import default_blocks
 from beit_pretrain.tools.images import read_image
-from beit_pretrain.wording import bracket, either, pair
+from beit_pretrain.wording import bracket, either, pair, show
 
 Picture = Path | str | Image.Image | np.ndarray | Tensor
 Model = MaskedImageModel | Classifier | Segmenter | Headless
@@ -66,7 +67,7 @@ class Preprocess:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model in eval mode, what turns pictures into its input, and the names of its classes."""
+    """A model in eval mode with trainable weights, what turns pictures into its input, and the names of its classes."""
 
     model: Model
     stage: str  # pretrain, classify or segment; encoder: of another program, without a head
@@ -79,6 +80,10 @@ class Loaded:
         return self.model.encoder
 
 
+def _warn(note: str) -> None:
+    warnings.warn(note, stacklevel=3)  # at the line that calls load
+
+
 def load(
     path: str | Path,
     *,
@@ -88,9 +93,10 @@ def load(
     std: Sequence[float] | None = None,
     crop_pct: float | None = None,
     blocks: Sequence[int] | None = None,
+    heads: int | None = None,
     device: str | torch.device = "cpu",
     key: str = "path",
-    tell: Callable[[str], None] | None = None,
+    tell: Callable[[str], None] = _warn,
 ) -> Loaded:
     """The model of a run folder or a checkpoint, of ours or of any published format (docs/weights.md).
 
@@ -98,20 +104,24 @@ def load(
     image_size: another one than it was trained with; position tables are resized.
     mean, std, crop_pct: in place of what the checkpoint says.
     blocks: of a segmentation, the four that its head looks at, counted from 0, in place of those that it names.
+    heads: of the attention, for a file without position tables that does not say it.
     key: what the messages call the path.
-    tell: is called with each line that one should know of a file of another program.
+    tell: is called with each line that one should know of a file of another program; a warning if not given.
     Raises CheckpointError if there is no such model, ConfigError if a size does not fit.
     """
-    saved = record.read(path, key=key)
+    saved = record.read(path, key=key, heads=heads)
     about = saved["beit_pretrain"]
     config = about["config"]
-    if tell is not None:
-        for note in about.get("foreign", {}).get("notes", ()):
-            tell(note)
+    for note in about.get("foreign", {}).get("notes", ()):
+        tell(note)
     stage = config["stage"]["name"]
     if stage not in (*STAGES, "encoder"):
         raise CheckpointError(
             f"{key}={path} is of stage={stage}, which is used by other tools: give a run of stage={either(STAGES)}"
+        )
+    if heads is not None and heads != config["model"]["heads"]:
+        raise ConfigError(
+            f"heads={heads}, but {key}={path} has {config['model']['heads']}: leave heads (--heads) out"
         )
     state = part_weights(saved, ("encoder", "head"), weights)
     trained_at = pair(config["image_size"])
@@ -127,7 +137,7 @@ def load(
     load_strictly(model, state, f"{key}={path}")
     normalize = config["data"]["normalize"]
     return Loaded(
-        model=model.eval().requires_grad_(False).to(device),
+        model=model.eval().to(device),
         stage=stage,
         preprocess=Preprocess(
             image_size=(size[0], size[1]),
@@ -176,7 +186,7 @@ def _empty(
     channels, *_ = state["head.decode_head.bottleneck.bn.weight"].shape
     classes = len(state["head.decode_head.conv_seg.weight"])
     head = SegmentationHead(width=encoder.width, channels=channels, classes=classes)
-    looked_at = list(blocks or stage["blocks"] or default_blocks(encoder.depth))
+    looked_at = list(blocks or stage["blocks"] or blocks_of_null(encoder.depth))
     if len(looked_at) != 4 or not all(0 <= block < encoder.depth for block in looked_at):
         raise ConfigError(f"blocks={bracket(looked_at)}: give four numbers from 0 to {encoder.depth - 1}")
     return Segmenter(encoder, head, looked_at)
@@ -198,9 +208,7 @@ def _encoder(node: Mapping[str, Any], size: Sequence[int], given: str) -> Beit:
         ) from error
 
 
-def _three(
-    given: Sequence[float] | None, known: Sequence[float] | None, name: str, source: str
-) -> tuple[float, float, float]:
+def _three(given: Sequence[float] | None, known: Any, name: str, source: str) -> tuple[float, float, float]:
     """A value for each colour; ConfigError where nobody says it, or not three."""
     values = given if given is not None else known
     if values is None:
@@ -208,7 +216,7 @@ def _three(
             f"{source} does not say how its images were normalised: give mean and std (--mean, --std), such as "
             "0.5,0.5,0.5 for both, as models of ImageNet-22k were trained"
         )
-    if len(values) != 3:
-        raise ConfigError(f"{name}={bracket(values)}: give three numbers, for red, green and blue")
+    if not isinstance(values, Sequence) or len(values) != 3:
+        raise ConfigError(f"{name}={show(values)}: give three numbers, for red, green and blue")
     red, green, blue = (float(value) for value in values)
     return red, green, blue

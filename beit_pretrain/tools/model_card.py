@@ -31,11 +31,12 @@ RECIPE = {  # what a reader asks for first, by its place in the configuration
 
 
 class Use(NamedTuple):
-    """How another library uses the folder: its name, the hub's task, and code in which FOLDER is the path."""
+    """How another library uses the folder: its name, the hub's task, code in which FOLDER is the path, and advice."""
 
     library: str
     task: str
     snippet: str
+    notes: Sequence[str] = ()
 
 
 def model_card(
@@ -45,6 +46,7 @@ def model_card(
     config = loaded.about["config"]
     name = config.get("name") or f"BEiT, stage {loaded.stage}"
     front = ["---", f"library_name: {use.library}", f"pipeline_tag: {use.task}", "tags:", "- beit", "---"]
+    remarks = [*remarks, *use.notes]
     notes = ["\n".join(f"- {remark[0].upper()}{remark[1:]}." for remark in remarks)] if remarks else []
     sections = {
         "Use": [f'```python\nFOLDER = "."  # this folder\n\n{use.snippet}```', *notes],

@@ -15,8 +15,8 @@ from torch import Tensor
 from beit_pretrain.checkpoint import files, record
 from beit_pretrain.checkpoint.finite import counted, not_finite
 from beit_pretrain.errors import CheckpointError
+from beit_pretrain.models.default_blocks import blocks_of_null
 from beit_pretrain.origins import AVERAGE, grid_of
-from beit_pretrain.stages.segment import default_blocks
 from beit_pretrain.wording import pair, printable, times
 from beit_pretrain.wording import show as typed
 
@@ -63,14 +63,15 @@ UNSAID |= {"pooling", "blocks", "channels", "cache", "cache_gb", "checkpoint", "
 Row = tuple[str, str]
 
 
-def show(source: str) -> None:
+def show(source: str, heads: int | None = None) -> None:
     """Print what a checkpoint of any format that can be read is, what made it, and what it was made from.
 
+    `heads` is the number of heads for a file that does not say it.
     Ancestors that still lie where they lay are compared with the hashes that the checkpoint remembers.
     Raises CheckpointError if there is no such file, or none of a BEiT.
     """
     file, _ = record.file_of(source, key=KEY)
-    saved = record.read(source, key=KEY)
+    saved = record.read(source, key=KEY, heads=heads)
     lineage = saved["beit_pretrain"]["lineage"]
     tree = Tree(Text(printable(source)))
     tree.add(
@@ -217,7 +218,7 @@ def _head(
         case "classify":
             return f"{stage['pooling']} pooling, {_classes(len(state['head.head.weight']), names)}"
         case "segment":
-            blocks = ", ".join(map(str, stage["blocks"] or default_blocks(depth)))
+            blocks = ", ".join(map(str, stage["blocks"] or blocks_of_null(depth)))
             classes = len(state["head.decode_head.conv_seg.weight"])
             return f"UPerNet of {stage['channels']} channels on blocks {blocks}, {_classes(classes, names)}"
         case "probe":

@@ -136,19 +136,67 @@ def test_a_grid_that_nothing_states_is_not_guessed(tmp_path: Path) -> None:
     ):
         read(path)
     with pytest.raises(CheckpointError, match="24 positions"):
-        read(saved(path, original(masked(SMALL, rel_pos="none", abs_pos=True))))
+        record.read(saved(path, original(masked(SMALL, rel_pos="none", abs_pos=True))), key="path", heads=3)
 
 
 def test_positions_of_a_square_and_none_at_all(tmp_path: Path) -> None:
     for options, size in (({"abs_pos": True}, [16, 16]), ({}, [224, 224])):
         model = masked(SQUARE, rel_pos="none", **options)
-        about = read(saved(tmp_path / "w.pth", original(model)))["beit_pretrain"]
+        path = saved(tmp_path / "w.pth", original(model))
+        about = record.read(path, key="path", heads=3)["beit_pretrain"]
         found = about["config"]
-        assert about["foreign"]["notes"] == [
-            "the file does not say how many heads it has: 1, each 64 wide, is taken"
-        ]
         assert found["image_size"] == size and found["model"]["rel_pos"] == "none"
-        assert found["model"]["heads"] == 1  # no table says how many, and 64 wide ones are usual
+        assert found["model"]["heads"] == 3 and about["foreign"]["notes"] == []
+
+
+# --- heads ----------------------------------------------------------------------------------------------------------
+
+BARE: dict[str, Any] = dict(rel_pos="none", abs_pos=True)
+
+
+def test_heads_that_nobody_states_are_asked_for(tmp_path: Path) -> None:
+    model = masked({**SQUARE, "width": 96, "depth": 1}, **BARE)
+    path = saved(tmp_path / "w.pth", original(model))
+    with pytest.raises(CheckpointError, match=r"w\.pth does not say how many heads .*width 96.*--heads"):
+        load(path, **HALVES)
+    found = load(path, heads=3, **HALVES)
+    image = torch.randn(1, 3, 16, 16)
+    assert torch.equal(found.model(image), model.eval()(image))
+    with pytest.raises(CheckpointError, match=r"heads=5: .* divides the width, 96"):
+        load(path, heads=5, **HALVES)
+    tables = saved(tmp_path / "tables.pth", original(masked(SQUARE)))
+    assert load(tables, heads=3, **HALVES).about["config"]["model"]["heads"] == 3
+    with pytest.raises(BeitError, match=r"heads=4, but path=.*tables\.pth has 3: leave heads"):
+        load(tables, heads=4, **HALVES)
+
+
+def test_a_published_width_has_its_heads_and_says_so(tmp_path: Path) -> None:
+    model = masked({**SQUARE, "width": 192, "depth": 1}, **BARE)
+    path = saved(tmp_path / "w.pth", original(model))
+    with pytest.warns(UserWarning, match="does not say how many heads it has: 3, each 64 wide, is taken"):
+        found = load(path, **HALVES)
+    image = torch.randn(1, 3, 16, 16)
+    assert torch.equal(found.model(image), model.eval()(image))
+    load(path, heads=3, **HALVES)  # without a word
+
+
+def test_eva_with_beits_names_is_asked_for_its_heads(tmp_path: Path) -> None:
+    twin = timm.models.eva.Eva(
+        img_size=16,
+        patch_size=4,
+        embed_dim=88,
+        depth=2,
+        num_heads=4,
+        qkv_fused=True,
+        use_rot_pos_emb=False,
+        init_values=None,
+        num_classes=5,
+    ).eval()
+    path = saved(tmp_path / "eva.pth", {"model": twin.state_dict()})
+    with pytest.raises(CheckpointError, match="does not say how many heads its encoder of width 88"):
+        load(path, **HALVES)
+    image = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(load(path, heads=4, **HALVES).model(image), twin(image), atol=1e-5, rtol=1e-5)
 
 
 # --- folders --------------------------------------------------------------------------------------------------------
@@ -207,6 +255,11 @@ def test_the_blocks_of_a_segmentation_are_those_that_transformers_looks_at(tmp_p
     about = read(path)["beit_pretrain"]
     assert about["config"]["stage"]["blocks"] == [3, 5, 7, 11]
     assert about["preprocessing"]["class_names"] == list("abcde") and not about["foreign"]["notes"]
+
+
+def test_blocks_that_nobody_states_are_said_to_be_taken(tmp_path: Path) -> None:
+    about = read(saved(tmp_path / "w.pth", {"state_dict": original(segmenter(SQUARE))}))["beit_pretrain"]
+    assert "does not say which blocks its head looks at" in about["foreign"]["notes"][0]
 
 
 def test_an_encoder_without_a_head_gives_its_tokens(tmp_path: Path) -> None:
@@ -304,6 +357,64 @@ def test_what_is_no_beit_is_refused_in_one_line(what: str, tmp_path: Path) -> No
         read(path)
     assert "\n" not in str(caught.value) and f"init_from={path}" in str(caught.value)
     assert not Path("/tmp/beit_pretrain_evil").exists()
+
+
+ODD: dict[str, tuple[str, Any, str]] = {
+    "a list": ("config.json", [1], r"config\.json holds a list, not an object"),
+    "null": ("preprocessor_config.json", None, r"preprocessor_config\.json holds a NoneType"),
+    "labels of words": ("config.json", {"id2label": {"cat": 0}}, "id2label names no numbers of classes"),
+    "labels in a list": ("config.json", {"id2label": ["a"]}, "id2label=.* is no value for it"),
+    "an image of words": ("config.json", {"image_size": "16"}, "image_size=16 is no value"),
+    "an image of one side": ("config.json", {"image_size": [16]}, "image_size=.*: 2 whole numbers"),
+    "colours of words": ("preprocessor_config.json", {"image_mean": "grey"}, "image_mean=grey is no value"),
+    "a timm of numbers": ("config.json", {"pretrained_cfg": {"input_size": 3}}, "input_size=3 is no value"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_json_beside_the_weights_is_one_line(name: str, tmp_path: Path) -> None:
+    file, content, said = ODD[name]
+    folder = hugging_face(tmp_path / "hf", classifier(SQUARE))
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=said) as caught:
+        read(folder)
+    assert "\n" not in str(caught.value) and file in str(caught.value)
+
+
+def test_odd_json_that_can_be_used_is(tmp_path: Path) -> None:
+    folder = hugging_face(tmp_path / "hf", classifier(SQUARE), beit_pretrain=[], pretrained_cfg=3)
+    (folder / "preprocessor_config.json").write_text('{"image_mean": 0.5, "image_std": 0.25}')
+    assert load(folder).preprocess.std == (0.25,) * 3
+    config = {"id2label": {str(i): i for i in range(7)}}
+    assert load(hugging_face(folder, classifier(SQUARE), **config)).labels == [str(i) for i in range(7)]
+    hugging_face(folder, classifier(SQUARE), id2label={"0": "one", "1": "two"})
+    with pytest.warns(UserWarning, match="names 2 classes, and its head has 7"):
+        assert load(folder).labels is None
+
+
+@pytest.mark.parametrize("index", [{"weight_map": {"a": "../x.safetensors"}}, {"weight_map": []}, {}])
+def test_an_index_that_leads_elsewhere_is_refused(index: Any, tmp_path: Path) -> None:
+    folder = hugging_face(tmp_path / "hf", masked(SQUARE))
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json lists no files of weights beside it"):
+        read(folder)
+
+
+def test_weights_are_found_wherever_they_are(tmp_path: Path) -> None:
+    model = masked(SQUARE)
+    for content in (
+        {"model": {"name": "a configuration"}, "state_dict": original(model)},
+        {"epoch": 3, "model_ema": original(model)},
+        {**original(model), 7: torch.ones(1)},
+    ):
+        assert equal(read(saved(tmp_path / "w.pth", content))["state_dict"], model)
+
+
+def test_tensors_without_values_are_refused(tmp_path: Path) -> None:
+    state = original(masked(SQUARE))
+    with pytest.raises(CheckpointError, match=r"sparse or without values \(cls_token\)"):
+        read(saved(tmp_path / "w.pth", {**state, "cls_token": state["cls_token"].to("meta")}))
 
 
 def test_a_damaged_config_is_named(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from beit_pretrain.models.beit import Beit
 from beit_pretrain.models.blocks import Block
+from beit_pretrain.models.default_blocks import blocks_of_null, default_blocks
 from beit_pretrain.models.upernet import Neck, SegmentationHead, resized
-from beit_pretrain.stages.segment import default_blocks
 
 TOLERANCE = 1e-5  # of max(1, max |reference|)
 
@@ -72,6 +72,15 @@ def test_the_parameters_are_as_many_as_published(size: str, pixels: int, publish
 def test_the_blocks_are_those_of_the_published_models() -> None:
     assert default_blocks(12) == [3, 5, 7, 11]
     assert default_blocks(24) == [7, 11, 15, 23]
+
+
+def test_each_block_is_looked_at_once_where_there_are_four() -> None:
+    assert default_blocks(4) == [0, 1, 2, 3] and blocks_of_null(4) == [1, 1, 2, 3]
+    for depth in (1, 2, 3, *range(5, 41)):
+        assert default_blocks(depth) == blocks_of_null(depth)
+    for depth in range(4, 41):
+        blocks = default_blocks(depth)
+        assert len(set(blocks)) == 4 and blocks == sorted(blocks) and blocks[-1] == depth - 1
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (9, 5), (2, 7)], ids=str)

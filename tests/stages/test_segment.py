@@ -440,7 +440,7 @@ def test_the_worst_of_two_ranks_are_those_of_one(tmp_path: Path) -> None:
 def test_blocks_must_rise_to_the_last(blocks: list[int]) -> None:
     says = (
         f"stage.blocks={blocks}: set four blocks in rising order, the last one 2, the encoder's last, such as "
-        "[0, 1, 1, 2], or null for these"
+        "[0, 1, 1, 2], or leave it out"
     )
     with pytest.raises(ConfigError) as caught:
         segment(blocks=blocks)

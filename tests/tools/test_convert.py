@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from bare_models import masked
 from classifiers import save_classifier
 from conversions import MODELS, converted, saved
 from timm.models.beit import Beit as TimmBeit
@@ -49,7 +50,7 @@ def test_the_command_writes_a_folder_and_says_how_well_it_agrees(
     first, second, third = said.out.splitlines()
     assert first == f"{out}: stage=classify as huggingface"
     assert "largest difference of the logits" in second and "transformers 5" in second
-    assert third == "read again, every weight is bit-equal"
+    assert third == "read again, every weight is bit-equal, with the same logits"
     expected = [
         "README.md",
         "certificate.json",
@@ -180,6 +181,76 @@ def test_the_running_average_can_be_converted(tmp_path: Path) -> None:
         converted(source, tmp_path / weights, "original", weights=weights)
         written = files.read(tmp_path / weights / "checkpoint.pth")["model"]["head.weight"]
         assert torch.equal(written, load(source, weights=weights).model.state_dict()["head.head.weight"])
+
+
+# --- heads -----------------------------------------------------------------------------------------------------
+
+NO_TABLES = ["model.rel_pos=none", "model.abs_pos=true", "model.heads=3"]
+
+
+@pytest.mark.parametrize("to", ["original", "huggingface", "timm"])
+def test_a_model_without_tables_keeps_its_heads(tmp_path: Path, to: str) -> None:
+    source = save_classifier(tmp_path / "run", *NO_TABLES)
+    converted(source, tmp_path / "out", to)
+    ours, again = load(source), load(tmp_path / "out")
+    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert again.model(image).std() > 0.05
+        torch.testing.assert_close(again.model(image), ours.model(image), atol=1e-6, rtol=1e-6)
+    said = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert 0 <= said["read_back_difference"] <= 1e-6
+
+
+def test_logits_that_are_others_when_read_again_are_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are bit-equal, and so are timm's logits, which is told the number of heads."""
+    source = save_classifier(tmp_path / "run", *NO_TABLES)
+
+    def other_heads(folder: Path) -> None:
+        content = files.read(folder / "checkpoint.pth")
+        content["preprocessing"]["heads"] = 2
+        files.write(folder / "checkpoint.pth", content)
+
+    spoil(monkeypatch, "original", other_heads)
+    with pytest.raises(CheckpointError, match="logits of the folder, read again, differ from ours by"):
+        converted(source, tmp_path / "out", "original")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pixels_that_are_others_when_read_again_are_a_failure(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_mean(folder: Path) -> None:
+        file = folder / "preprocessor_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
+
+    spoil(monkeypatch, "huggingface", other_mean)
+    with pytest.raises(CheckpointError, match="pixels of the folder, read again, differ from ours by"):
+        converted(saved("classify", runs), tmp_path / "out", "huggingface")
+    assert nothing_in(tmp_path)
+
+
+def test_heads_can_be_given_to_each_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = masked(
+        dict(image_size=(16, 16), patch_size=4, width=24, depth=1, heads=3), rel_pos="none", abs_pos=True
+    )
+    torch.save(formats.to_original(model.state_dict()), source := tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"SOURCE=.*w\.pth does not say how many heads .*--heads"):
+        app(["show", str(source)], standalone_mode=False)
+    app(["show", str(source), "--heads", "3"], standalone_mode=False)
+    assert "3 heads" in capsys.readouterr().out
+    given = ["--heads", "3", "--mean", ".5,.5,.5", "--std", ".5,.5,.5"]
+    out = tmp_path / "out"
+    app(["convert", str(source), str(out), "--to", "original", *given], standalone_mode=False)
+    assert load(out).about["config"]["model"]["heads"] == 3  # and from there on nobody is asked
+
+
+def test_a_neck_that_the_authors_do_not_have_is_remarked(runs: Path, tmp_path: Path) -> None:
+    said = converted(saved("segment", runs), tmp_path / "out", "original")
+    assert "patches of 4 pixels: the authors' segmentation builds this neck for patches of 16 only" in said
+    for name in ("classify", "pretrain"):
+        assert "builds this neck" not in converted(saved(name, runs), tmp_path / name, "original")
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------

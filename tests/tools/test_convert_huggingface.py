@@ -20,11 +20,14 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     BeitConfig,
     BeitForMaskedImageModeling,
+    BeitImageProcessor,
+    BitImageProcessor,
 )
 from whole_models import whole_run
 
 from beit_pretrain.errors import CheckpointError
 from beit_pretrain.tools.load import Loaded, load
+from beit_pretrain.tools.show import show
 
 AUTO: dict[str, Any] = {
     "pretrain": BeitForMaskedImageModeling,  # Transformers has no Auto class for BEiT here
@@ -129,6 +132,7 @@ def test_blocks_below_the_last_need_no_further_layer(made: Path, tmp_path: Path)
     ours = load(folder_of("segment", made))
     source = rewrite(folder_of("segment", made), tmp_path / "source")
     marked = json.loads((source / "config.json").read_text())["beit_pretrain"] | {"blocks": [0, 1, 2, 3]}
+    del marked["weights"]  # with one layer more they are others
     deeper = rewrite(source, tmp_path / "deeper", beit_pretrain=marked | {"idle_layers": 0})
     assert load(deeper).encoder.depth == 5 and ours.encoder.depth == 4
     converted(deeper, tmp_path / "out", "huggingface")
@@ -158,11 +162,16 @@ def test_the_eps_is_said(made: Path, tmp_path: Path) -> None:
     [
         (
             ["stage.channels=8"],
-            r"stage\.channels=8, and Transformers' has the encoder's width, 24: set --to original",
+            r"has stage\.channels=8, .*: set --to original, or train with stage\.channels=24$",
         ),
         (
+            ["stage.blocks=[0,0,1,3]", "stage.channels=8"],
+            r"channels=8.* and looks at blocks \[0,0,1,3\].* stage\.channels=24 stage\.blocks=\[0,1,2,3\]$",
+        ),
+        (["model.depth=3", "stage.blocks=[0,0,1,2]"], r"each only once: .* or train with model\.depth=4$"),
+        (
             ["stage.blocks=[0,0,1,3]"],
-            r"looks at blocks \[0, 0, 1, 3\], and Transformers takes each only once",
+            r"looks at blocks \[0,0,1,3\], .* only once: .* or train with stage\.blocks=\[0,1,2,3\]$",
         ),
         (["image_size=[4,32]"], "1 x 8 patches cannot be halved: set --to original"),
     ],
@@ -194,6 +203,101 @@ def test_the_image_processor_makes_the_same_input_of_any_picture(made: Path, tmp
         for image in (picture, picture.transpose(Image.Transpose.ROTATE_90)):
             theirs = processor(image, return_tensors="pt").pixel_values[0]
             torch.testing.assert_close(theirs, ours.preprocess(image), atol=1e-5, rtol=0)
+
+
+def test_processors_of_any_name_keep_the_shape(made: Path, tmp_path: Path) -> None:
+    """Before 5, `BeitImageProcessor` takes one number for both sides, and a shortest_edge not at all."""
+    picture = Image.open(photograph(tmp_path))
+    folder = folder_of("classify", made)
+    written = json.loads((folder / "preprocessor_config.json").read_text())
+    assert (written["image_processor_type"], written["size"]) == ("BitImageProcessor", 36)
+    ours = load(folder).preprocess(picture)
+    for kind in (AutoImageProcessor, BeitImageProcessor, BitImageProcessor):
+        theirs = kind.from_pretrained(folder)(images=picture, return_tensors="pt").pixel_values[0]
+        torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+    kind = json.loads((folder_of("segment", made) / "preprocessor_config.json").read_text())
+    assert kind["image_processor_type"] == "BeitImageProcessor"
+    text = (folder / "README.md").read_text()
+    assert "`BeitImageProcessor`, called by its name, does too since Transformers 5" in text
+    assert "resample=0" in (folder_of("segment", made) / "README.md").read_text()
+
+
+# --- trained elsewhere since -----------------------------------------------------------------------------------
+
+
+def trained(folder: Path, to: Path, kind: Any, **options: Any) -> Path:
+    """What Transformers saves after an update of every weight."""
+    model = kind.from_pretrained(folder, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    model.save_pretrained(to)
+    AutoImageProcessor.from_pretrained(folder).save_pretrained(to)
+    return to
+
+
+def test_what_was_trained_elsewhere_says_so_and_its_own_entries_win(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of("pretrain", made)
+    tuned = trained(folder, tmp_path / "tuned", AutoModelForImageClassification, num_labels=3)
+    assert json.loads((tuned / "config.json").read_text())["beit_pretrain"]["crop_pct"] == 1.0
+    processor = json.loads((tuned / "preprocessor_config.json").read_text())
+    processor |= {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    (tuned / "preprocessor_config.json").write_text(json.dumps(processor))
+    notes: list[str] = []
+    found = load(tuned, tell=notes.append)
+    assert found.stage == "classify" and found.preprocess.crop_pct == 32 / 36
+    picture = Image.open(photograph(tmp_path))
+    theirs = AutoImageProcessor.from_pretrained(tuned)(picture, return_tensors="pt").pixel_values[0]
+    torch.testing.assert_close(found.preprocess(picture), theirs, atol=1e-5, rtol=0)
+    assert len(notes) == 1 and "trained elsewhere since; converted from pretrain" in notes[0]
+    assert list(found.about["lineage"]["parents"]) == ["trained_elsewhere_from"]
+    show(str(tuned))
+    said = capsys.readouterr().out
+    assert (
+        "trained elsewhere since; converted from pretrain" in said and "converted_from pretrain" not in said
+    )
+
+
+def test_what_was_only_saved_again_is_still_what_was_converted(made: Path, tmp_path: Path) -> None:
+    folder = folder_of("classify, not square", made)
+    AutoModelForImageClassification.from_pretrained(folder).save_pretrained(tmp_path)
+    AutoImageProcessor.from_pretrained(folder).save_pretrained(tmp_path)
+    found = load(tmp_path)  # without a word
+    assert list(found.about["lineage"]["parents"]) == ["converted_from"]
+    assert found.preprocess == load(folder).preprocess
+
+
+def test_a_shape_that_is_not_square_survives_training_elsewhere(made: Path, tmp_path: Path) -> None:
+    folder = folder_of("classify, not square", made)
+    found = load(trained(folder, tmp_path / "out", AutoModelForImageClassification), tell=lambda note: None)
+    assert found.preprocess == load(folder).preprocess
+
+
+def test_an_added_layer_that_was_trained_is_no_longer_idle(made: Path, tmp_path: Path) -> None:
+    tuned = trained(folder_of("segment", made), tmp_path / "out", AutoModelForSemanticSegmentation)
+    ours = load(tuned, tell=lambda note: None)
+    assert ours.encoder.depth == 5 and ours.model.blocks == [0, 1, 2, 3]  # pyright: ignore
+    mine, theirs = both(ours, tuned)
+    assert (mine - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
+
+
+@pytest.mark.parametrize("changes", [{}, {"size": {"height": 32, "width": 32}, "do_center_crop": False}])
+def test_a_mark_without_a_hash_holds_where_the_file_still_agrees(
+    made: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """As in folders of earlier versions."""
+    folder = folder_of("classify", made)
+    mark = json.loads((folder / "config.json").read_text())["beit_pretrain"]
+    del mark["weights"]
+    older = rewrite(folder, tmp_path / "older", beit_pretrain=mark | {"crop_pct": 0.88})
+    file = older / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    notes: list[str] = []
+    found = load(older, tell=notes.append)
+    assert found.preprocess.crop_pct == (1.0 if changes else 0.88) and len(notes) == len(changes) // 2
+    assert list(found.about["lineage"]["parents"]) == ["converted_from"]
 
 
 def test_models_that_no_crop_covers_get_the_whole_picture(made: Path, tmp_path: Path) -> None:

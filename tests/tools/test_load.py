@@ -9,7 +9,6 @@ import pytest
 import torch
 from bare_models import SMALL, masked
 from classifiers import save_classifier
-from oracles import strengthen
 from PIL import Image
 from pretrained import save_pretrained, save_tokenizer
 from segmenters import PARTS, save_segmenter
@@ -44,7 +43,25 @@ def test_a_classifier_gives_what_its_stage_gives(tmp_path: Path) -> None:
     assert torch.equal(found.model(found.preprocess(pixels(70, 91))[None]), expected)
     assert found.labels == [str(i) for i in range(10)] and found.stage == "classify"
     assert found.preprocess.mean == (0.1, 0.2, 0.3) and not found.model.training
-    assert not any(parameter.requires_grad for parameter in found.model.parameters())
+    assert all(parameter.requires_grad for parameter in found.model.parameters())
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["alone", "ddp"])
+def test_the_weights_can_be_trained(tmp_path: Path, distributed: bool) -> None:
+    encoder = beit_pretrain.load(save_pretrained(tmp_path / "run")).encoder
+    if distributed:  # as docs/weights.md says: every weight must have a part in the loss
+        encoder.mask_token = None
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    head = torch.nn.Linear(encoder.width, 3)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-2)
+    for step in range(3):
+        image = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+        loss = torch.nn.functional.cross_entropy(head(encoder(image).mean(1)), torch.arange(4) % 3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    same = {name for name, value in encoder.state_dict().items() if torch.equal(value, before[name])}
+    assert same == (set() if distributed else {"mask_token"}) and not encoder.training
 
 
 def test_the_average_of_the_weights_is_another_model(tmp_path: Path) -> None:
@@ -122,17 +139,19 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:
         beit_pretrain.load(tmp_path / "w.pth")
     with pytest.raises(ConfigError, match=r"std=\[0\.5\]: give three numbers"):
         beit_pretrain.load(tmp_path / "w.pth", mean=[0.5] * 3, std=[0.5])
-    strengthen(found.model)  # frozen, but for whoever wants to go on
 
 
 def test_what_one_should_know_of_a_file_of_others_is_told(tmp_path: Path) -> None:
     said: list[str] = []
     beit_pretrain.load(save_classifier(tmp_path / "run"), tell=said.append)
     assert not said
-    model = masked({**SMALL, "image_size": (16, 16)}, rel_pos="none", abs_pos=True)
+    model = masked({**SMALL, "image_size": (16, 16), "width": 192, "depth": 1}, rel_pos="none", abs_pos=True)
     torch.save(formats.to_original(model.state_dict()), tmp_path / "w.pth")
     beit_pretrain.load(tmp_path / "w.pth", mean=[0.5] * 3, std=[0.5] * 3, tell=said.append)
-    assert said == ["the file does not say how many heads it has: 1, each 64 wide, is taken"]
+    assert len(said) == 1 and "3, each 64 wide, is taken" in said[0]
+    with pytest.warns(UserWarning, match="3, each 64 wide, is taken") as caught:  # a note never goes unsaid
+        beit_pretrain.load(tmp_path / "w.pth", mean=[0.5] * 3, std=[0.5] * 3)
+    assert caught[0].filename == __file__
 
 
 def test_the_package_offers_no_more_than_it_has() -> None:
