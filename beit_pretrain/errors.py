@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 
 class BeitError(Exception):
-    """A mistake that a user can mend: says what was given, what was needed and what to set."""
+    """A mistake that a user can mend: says what was given, what was needed and what to set.
+
+    `code` is the exit code of a command that it ends.
+    """
+
+    code = 2
 
 
 class ConfigError(BeitError):
@@ -31,6 +36,12 @@ class CheckpointError(BeitError):
 
 class DownloadError(BeitError):
     """A file that could not be fetched, or arrived damaged."""
+
+
+class WorkerError(BeitError):
+    """A process that loads data was killed: the command may be right, and a search tries the next one."""
+
+    code = 1
 
 
 class TrainingError(BeitError):

@@ -152,9 +152,10 @@ class RunFolder:
 
     def __exit__(self, kind: object = None, *_: object) -> None:
         self._stop.set()
-        if kind is not None and {item.name for item in self.path.iterdir()} <= {"config.yaml", ".lock"}:
-            # It failed before it made anything: the folder would only be in the way of the next try.
-            self.config_file.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # the folder itself is gone
+            if kind is not None and {item.name for item in self.path.iterdir()} <= {"config.yaml", ".lock"}:
+                # It failed before it made anything: the folder would only be in the way of the next try.
+                self.config_file.unlink(missing_ok=True)
         # Not the lock of one that took a stalled run's folder over.
         with suppress(FileNotFoundError):
             if self.lock_file.read_text() == self._mine:

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "label_maps": {"sheets", "errors"},
     "dense": {"label_maps", "evaluation", "errors"},
     "models": {"errors"},
-    "data": {"masking", "label_maps", "errors"},
+    "data": {"cluster.ending", "masking", "label_maps", "errors"},
     "checkpoint": {"models.rel_pos", "errors"},
     "report": {"masking", "label_maps", "errors"},
     "callbacks": {"tokenizer", "evaluation", "sheets", "errors"},
