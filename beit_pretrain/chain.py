@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ from beit_pretrain.run_files import RESULTS, holds_run, read_json
 STARTS = ("tokenizer.checkpoint", "init_from")  # options by which a link starts from another
 RESOURCES = "chain.resources."  # chain.resources.LINK.key=value: of one link's job
 REPORT = "report"  # the job after all links
+TOLD = 5.0  # seconds after Ctrl-C in which a link has heard it from the terminal
 # It reads folders and writes a page.
 SMALL_JOB = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": "null", "cpus_per_task": 1, "timeout_min": 10}
 
@@ -91,7 +93,11 @@ def run_link(arguments: Sequence[str]) -> int:
         process.send_signal(interrupted.number)  # it writes a checkpoint, and says how it goes on
         raise SystemExit(process.wait()) from None
     except KeyboardInterrupt:
-        process.wait()  # the terminal has told it too
+        try:
+            process.wait(TOLD)  # the terminal has told it too
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # or it was this process alone
+            process.wait()
         raise
 
 

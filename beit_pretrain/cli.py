@@ -15,7 +15,15 @@ from importlib.util import find_spec
 
 from omegaconf import DictConfig, OmegaConf
 
-from beit_pretrain.cluster.ending import among_others, die_with_parent, end, end_late, fail
+from beit_pretrain.cluster.ending import (
+    among_others,
+    deaths_are_meant,
+    die_with_parent,
+    end,
+    end_late,
+    fail,
+    killed_worker,
+)
 from beit_pretrain.cluster.launch import launched
 from beit_pretrain.cluster.signals import NAMES, Interrupted, Signals
 from beit_pretrain.compose import LAUNCHER, complete, compose, config_dir, explicit_keys
@@ -126,22 +134,25 @@ def _guard(action: Callable[[], object]) -> None:
     except Interrupted as interrupted:
         end(interrupted)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         sys.exit(130)
     except Exception as error:
         mistake = _mistake(error)
         if among_others():
-            fail(error, None if mistake is None else str(mistake))
+            fail(error, mistake)
         if mistake is None:
             raise
-        for line in str(mistake).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        with deaths_are_meant():  # where several workers have died
+            for line in str(mistake).splitlines():
+                print(f"error: {line}", file=sys.stderr, flush=True)
+        sys.exit(mistake.code)
 
 
 def _mistake(error: BaseException | None) -> BeitError | None:
-    """The user's mistake behind an error: Hydra wraps what a constructor raises."""
+    """What a user can mend behind an error: Hydra wraps what a constructor raises."""
     while error is not None and not isinstance(error, BeitError):
+        if (killed := killed_worker(error)) is not None:
+            return killed
         error = error.__cause__
     return error
 
@@ -195,7 +206,7 @@ def _hydra(arguments: list[str]) -> None:
         except Exception as error:
             mistake = _mistake(error)
             if among_others():
-                fail(error, None if mistake is None else str(mistake))
+                fail(error, mistake)
             if mistake is None:
                 raise
             # Hydra prints its own exceptions without a traceback, after the other jobs.

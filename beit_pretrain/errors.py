@@ -10,8 +10,10 @@ from beit_pretrain.wording import printable
 class BeitError(Exception):
     """A mistake that a user can mend: says what was given, what was needed and what to set.
 
-    It is one line, whatever the names in it that come from outside.
+    It is one line, whatever the names in it that come from outside. `code` is the exit code of a command that it ends.
     """
+
+    code = 2
 
     def __str__(self) -> str:
         return printable(super().__str__())
@@ -42,6 +44,12 @@ class CheckpointError(BeitError):
 
 class DownloadError(BeitError):
     """A file that could not be fetched, or arrived damaged."""
+
+
+class WorkerError(BeitError):
+    """A process that loads data was killed: the command may be right, and a search tries the next one."""
+
+    code = 1
 
 
 class TrainingError(BeitError):

@@ -49,8 +49,14 @@ class Forked:
             time.sleep(ENDED)
         return code
 
-    def left(self) -> list[str]:
-        """The processes of its session that still run, itself among them: number and command of each."""
+    def left(self, seconds: float = 5.0) -> list[str]:
+        """The processes of its session that still run after some seconds, itself among them: number and command."""
+        deadline = time.monotonic() + seconds
+        while (found := self._session()) and time.monotonic() < deadline:
+            time.sleep(ENDED)
+        return found
+
+    def _session(self) -> list[str]:
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -64,7 +70,7 @@ class Forked:
 
     def kill(self) -> None:
         """End whatever is left of the session."""
-        for process in self.left():
+        for process in self._session():
             try:
                 os.kill(int(process.split()[0]), signal.SIGKILL)
             except ProcessLookupError:
@@ -146,8 +152,8 @@ def become(request: dict[str, Any]) -> None:
 
 def main() -> None:
     # What a run needs, as far as it is not imported by these.
-    import beit_pretrain.chain  # noqa: F401
-    import beit_pretrain.run  # noqa: F401
+    import beit_pretrain.chain
+    import beit_pretrain.run
     import beit_pretrain.summary  # noqa: F401
     from beit_pretrain import cli
 

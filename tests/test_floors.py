@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "label_maps": {"sheets", "errors"},
     "dense": {"label_maps", "evaluation", "errors"},
     "models": {"errors"},
-    "data": {"masking", "label_maps", "wording", "errors"},
+    "data": {"masking", "label_maps", "wording", "cluster.ending", "errors"},
     "checkpoint": {"models.rel_pos", "wording", "errors"},
     "run_files": {"errors"},
     "report": {"masking", "label_maps", "run_files", "wording", "errors"},

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 from typing import NoReturn
 
 from beit_pretrain.cluster import events
 from beit_pretrain.cluster.launch import Launch, job_id, launched
 from beit_pretrain.cluster.requeue import end_step, requeue
 from beit_pretrain.cluster.signals import Interrupted, Signals
+from beit_pretrain.errors import BeitError, WorkerError
 
 FIRST_WORD = 5.0  # seconds in which the rank that failed first can say why, before another one speaks or acts
 KILL_WAIT = 60.0  # seconds after a requeue in which Slurm ends this process
+DYING = 5.0  # seconds in which a killed process is gone, unless it waits for storage that hangs
 
 # What torch, gloo and NCCL say of a connection whose other end is gone.
 _LOST = re.compile(
     r"connection (was )?(closed|reset|refused)|closed by peer|remote process exited|broken pipe|socket|"
     r"timed out waiting|NCCL|TCPStore|recvValue failed|Rank \d+ successfully reached monitoredBarrier",
     re.IGNORECASE,
+)
+# What torch says of a data worker that is gone.
+_WORKER = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ((?:is killed by signal: |exited )[\w ]+)"
 )
 
 
@@ -80,13 +91,76 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def fail(error: BaseException, mistake: str | None) -> NoReturn:
+def end_workers() -> None:
+    """Kill this process's data workers, whatever still holds their loaders.
+
+    They leave alone the signal by which multiprocessing would end them, and it would wait for them for ever.
+    """
+    kill(child for child in multiprocessing.active_children() if child.daemon)
+
+
+def kill(workers: Iterable[BaseProcess]) -> None:
+    """End processes of multiprocessing at once, and forget those that cannot be ended."""
+    with deaths_are_meant():
+        dying = list(workers)
+        for worker in dying:
+            worker.kill()
+        deadline = time.monotonic() + DYING
+        for worker in dying:
+            worker.join(max(0.0, deadline - time.monotonic()))
+    for worker in dying:
+        if worker.is_alive():
+            # In the kernel, where no signal reaches it. At its end this process would wait for it for ever.
+            multiprocessing.process._children.discard(worker)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def end_pool(pool: ProcessPoolExecutor) -> None:
+    """Shut a pool down. Its processes have some seconds to give up what they do; storage may hang for longer."""
+    processes = multiprocessing.active_children()
+    pool.shutdown(wait=False, cancel_futures=True)
+    deadline = time.monotonic() + DYING
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    kill(process for process in processes if process.is_alive())
+    pool.shutdown()
+
+
+@contextmanager
+def deaths_are_meant() -> Iterator[None]:
+    """torch takes the death of a worker for an error, which it raises in the main thread wherever that is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+def killed_worker(error: BaseException) -> WorkerError | None:
+    """What an exception of torch's means that tells of the death of a data worker; None for any other.
+
+    torch raises it wherever the main thread is.
+    """
+    if type(error) is not RuntimeError or not (found := _WORKER.match(str(error))):
+        return None
+    number, how = found.groups()
+    memory = "shared memory (/dev/shm)" if "Bus error" in how else "memory"
+    return WorkerError(
+        f"data worker {number} {how.replace('is killed', 'was killed')} (out of {memory}?): give the job more of it, "
+        "or set data.workers lower"
+    )
+
+
+def fail(error: BaseException, mistake: BeitError | None) -> NoReturn:
     """End one of several ranks after an exception: each cause is told once, by the rank it happened on, and no rank is
     left waiting.
 
-    `mistake` is a user's mistake in words, for exit code 2; without one the traceback is shown.
+    `mistake` is what a user can mend, with its exit code; without one the traceback is shown.
     """
     launch, echo = launched(), lost(error)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise again where several workers have died
     if launch.rank or echo:
         # Rank 0 may have the same to say, or another one the reason; then srun or torchrun ends this process.
         time.sleep(FIRST_WORD)
@@ -99,7 +173,7 @@ def fail(error: BaseException, mistake: str | None) -> NoReturn:
         for line in str(mistake).splitlines():
             _say(f"error: {prefix}{line}")
     _end_others(launch)
-    _exit(2 if mistake and not echo else 1)
+    _exit(mistake.code if mistake and not echo else 1)
 
 
 def lost(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -51,7 +52,8 @@ class Interruption(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, Interrupted | LockLost):
             said = "another rank failed" if lost(exception) else " ".join(str(exception).split())[:200]
-            self._record(trainer, "stop", f"{type(exception).__name__}: {said}")
+            with suppress(OSError):  # a folder that is gone or full, which the exception itself may be about
+                self._record(trainer, "stop", f"{type(exception).__name__}: {said}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record(trainer, "finish")

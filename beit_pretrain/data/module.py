@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -19,7 +20,6 @@ from beit_pretrain.data.splits import check_stream, limited, make_splits, with_l
 from beit_pretrain.data.stream import StreamDataset, StreamLoader
 from beit_pretrain.data.tokens import TokenCache, TokenDataset
 from beit_pretrain.data.transforms import EvalView, View
-from beit_pretrain.data.workers import end_workers_with_this_process, leave_signals
 from beit_pretrain.errors import ConfigError, DataError
 
 _SUBSET_SALT = 0x6B6E6E
@@ -97,6 +97,7 @@ class DataModule(LightningDataModule):
         self.epoch_steps = epoch_steps
         self.shuffle_shards = shuffle_shards
         self.timeout = timeout
+        self._loaders: WeakSet[ResumableLoader] = WeakSet()
         self.splits = make_splits(source, val_share)
         if labelled:
             self.splits = with_labels(source, self.splits)
@@ -144,6 +145,11 @@ class DataModule(LightningDataModule):
                     f"{world} devices (trainer.devices x trainer.num_nodes) cannot share {count} {split} images: "
                     f"set trainer.devices and trainer.num_nodes to {count} devices or less, or give more images"
                 )
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Lightning lets go of the loaders next."""
+        for loader in self._loaders:
+            loader.end_stuck()
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         if self.source.streamed:
@@ -278,18 +284,18 @@ class DataModule(LightningDataModule):
             making |= {"batch_sampler": batches, "collate_fn": dataset.collate}
         else:
             making["batch_size"] = None
-        end_workers_with_this_process()
-        return ResumableLoader(
+        loader = ResumableLoader(
             dataset,
             **making,
             num_workers=self.workers,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            worker_init_fn=leave_signals,
             persistent_workers=keep_workers and self.workers > 0,
             # A loader draws a base seed for its workers whenever it is iterated: not from the global
             # generator, or a validation in between would change the training.
             generator=Generator().manual_seed(self.seed),
         )
+        self._loaders.add(loader)
+        return loader
 
 
 def _check(

@@ -6,12 +6,15 @@ Letters: n samples in the split, g global optimiser step, r rank of W, m micro-b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from beit_pretrain.cluster.ending import kill
+from beit_pretrain.data.workers import Watch, before_workers, begin_worker
 from beit_pretrain.errors import DataError
 
 _WORD = (1 << 64) - 1
@@ -221,7 +224,11 @@ class ResumableLoader(DataLoader[Any]):
     """
 
     def __init__(self, dataset: Any, *, num_workers: int, timeout: float = 0, **settings: Any) -> None:
-        super().__init__(dataset, num_workers=num_workers, timeout=timeout if num_workers else 0, **settings)
+        if num_workers:
+            before_workers()
+            settings |= {"timeout": timeout, "worker_init_fn": begin_worker}
+        super().__init__(dataset, num_workers=num_workers, **settings)
+        self._workers: list[BaseProcess] = []
         if timeout and num_workers:
             dataset.reading = torch.full((num_workers,), -1).share_memory_()
 
@@ -232,32 +239,43 @@ class ResumableLoader(DataLoader[Any]):
         del state
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._checked(super().__iter__())
+        batches: Any = super().__iter__()
+        if self.num_workers:
+            self._workers = batches._workers
+        return self._checked(batches)
+
+    def end_stuck(self) -> None:
+        """Kill the workers that are reading at this moment: to let go of a loader takes seconds for each of them."""
+        data: Any = self.dataset
+        if self.timeout:
+            numbers = data.reading.tolist()
+            kill(worker for worker, sample in zip(self._workers, numbers, strict=False) if sample >= 0)
 
     def _checked(self, batches: Any) -> Iterator[Any]:
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader timed out"):
-                    raise
-                break
-            if isinstance(batch, Failure):
-                raise DataError(batch.message)
-            yield batch
+        with Watch(self._workers, 2 * self.timeout) as watch:
+            while True:
+                try:
+                    with watch.waiting():
+                        batch = next(batches)
+                except StopIteration:
+                    return
+                except (RuntimeError, EOFError, OSError) as error:
+                    if not watch.ended and not str(error).startswith("DataLoader timed out"):
+                        raise
+                    break
+                if isinstance(batch, Failure):
+                    raise DataError(batch.message)
+                yield batch
         data: Any = self.dataset
-        reading = data.stuck() or "they are reading nothing"
-        # torch ends its workers by a signal that they leave to this process, which would then wait for them for ever.
-        # Before it has let go of them, here, it takes their death for an error of its own. So it does with the workers
-        # of other loaders, which are left alone.
-        workers = batches._workers
+        reading = data.stuck()
+        look = (
+            "look at the storage that it lies on" if reading else "is a process stopped, or the memory full?"
+        )
+        # torch ends its workers by a signal that they leave to this process, and may wait for them for ever.
+        kill(self._workers)
         self._iterator = None
         del batches
-        for worker in workers:
-            worker.kill()
         raise DataError(
-            f"the data workers gave nothing for {self.timeout:g} s (data.timeout): {reading}; look at the storage that "
-            "it lies on, or raise data.timeout"
+            f"the data workers gave nothing for {(2 if watch.ended else 1) * self.timeout:g} s (data.timeout): "
+            f"{reading or 'they are reading nothing'}; {look}, or raise data.timeout"
         )

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from beit_pretrain.cluster.ending import die_with_parent, kill
 from beit_pretrain.data.decode import decode
 from beit_pretrain.data.folder import is_image
+from beit_pretrain.data.workers import before_workers
 from beit_pretrain.devices import ACCELERATORS, accelerator
 from beit_pretrain.errors import BeitError, DataError
 from beit_pretrain.wording import printable
 
 READERS = 8  # processes at most
+LIMIT = 600.0  # seconds without a batch after which storage counts as hanging
 
 
 def device_of(asked: str) -> torch.device:
@@ -113,19 +116,41 @@ def batches(
     """Images in their order, up to `size` at a time: paths, and `crop` of each (B, 3, H, W) uint8.
 
     If there are several batches, processes read ahead, two batches each. What cannot be read is left out, and
-    `unreadable` gets its line.
+    `unreadable` gets its line. DataError where they give nothing for `LIMIT` seconds.
     """
+    workers = min(READERS, usable_cores()) if len(paths) > size else 0
+    if workers:
+        before_workers()
     loader = DataLoader(
         _Crops(crop),
         size,
         sampler=paths,
         collate_fn=_collate,
-        num_workers=min(READERS, usable_cores()) if len(paths) > size else 0,
+        num_workers=workers,
+        timeout=LIMIT if workers else 0,
+        worker_init_fn=_begin,
     )
-    for found, pixels, faults in loader:
-        unreadable += faults
-        if found:
-            yield found, pixels
+    loaded: Any = iter(loader)
+    done = 0
+    try:
+        for found, pixels, faults in loaded:
+            done += size
+            unreadable += faults
+            if found:
+                yield found, pixels
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader timed out"):
+            raise
+        kill(loaded._workers)
+        among = paths[done : done + size]
+        raise DataError(
+            f"{printable(among[0])}, or one of the {len(among) - 1} after it, could not be read in {LIMIT:g} s: look "
+            "at the storage that they lie on"
+        ) from error
+
+
+def _begin(worker: int) -> None:
+    die_with_parent()
 
 
 def usable_cores() -> int:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from beit_pretrain.cluster.ending import die_with_parent, end_pool
 from beit_pretrain.data.shard_index import SPLITS, Shard, ShardIndex, read_index
 from beit_pretrain.data.shard_tar import key_at, scan
 from beit_pretrain.errors import BeitError, DataError
@@ -49,7 +50,7 @@ def verify(root: str, workers: int) -> int:
             "a process was killed while it read a shard (out of memory?): give fewer --workers"
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        end_pool(pool)
     bad = [number for number in sorted(faults) if faults[number]]
     for number in bad:
         print(*map(printable, faults[number]), sep="\n")
@@ -68,6 +69,7 @@ def verify(root: str, workers: int) -> int:
 
 
 def _leave_interrupts() -> None:
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
 
 

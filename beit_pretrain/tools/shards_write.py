@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from beit_pretrain.cluster.ending import end_pool
 from beit_pretrain.data.shard_index import Shard, ShardIndex, write_index
 from beit_pretrain.data.sources import Source
 from beit_pretrain.errors import BeitError, ConfigError, DataError
@@ -130,7 +131,7 @@ def _pack(plan: Plan, out: Path, todo: Sequence[int], workers: int) -> list[list
             ) from error
         finally:
             stop.value = 1
-            pool.shutdown(cancel_futures=True)
+            end_pool(pool)
     return left_out
 
 

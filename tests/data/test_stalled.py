@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import pytest
 from data.shades import Shades, make_module
 from torch import Tensor
 
+from beit_pretrain.data import workers
 from beit_pretrain.data.sampler import epoch_order
-from beit_pretrain.errors import ConfigError, DataError
+from beit_pretrain.errors import BeitError, ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
@@ -102,3 +105,58 @@ raise RuntimeError("of the training")
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, timeout=100
     )
     assert ended.returncode == 1 and ended.stderr.decode().endswith("RuntimeError: of the training\n")
+
+
+def test_a_worker_that_is_stopped_ends_the_wait_for_what_it_has_announced() -> None:
+    module = make_module(Shades(64), workers=1, timeout=1.0, val_share=0.0)
+    batches = iter(module.train_dataloader())
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    time.sleep(1.0)  # it has announced two more
+    os.kill(worker.pid or 0, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"nothing for 2 s \(data\.timeout\).* is a process stopped"):
+        list(batches)
+    assert time.monotonic() - began < 20 and not worker.is_alive()
+
+
+def test_workers_that_read_are_ended_before_their_loader_is_let_go_of(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    module = make_module(
+        Hanging(32, tmp_path / "pipe", int(epoch_order(32, 1, 0)[9])), workers=3, val_share=0.0
+    )
+    loader = module.train_dataloader()
+    next(iter(loader))
+    reading, idle = 1, multiprocessing.active_children()
+    while loader.dataset.reading[reading] < 0:
+        time.sleep(0.01)
+    (stuck,) = [worker for worker in idle if worker is loader._workers[reading]]
+    module.on_exception(RuntimeError())
+    assert not stuck.is_alive() and all(worker.is_alive() for worker in idle if worker is not stuck)
+
+
+def test_a_long_path_of_temporary_files_is_only_too_long_for_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 110)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
+    module = make_module(Shades(64), workers=2, timeout=20.0, val_share=0.0)
+    assert len(list(module.train_dataloader())) == 8
+    assert tempfile.gettempdir() == str(long)
+
+
+def test_without_a_short_place_for_sockets_nothing_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 110)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setattr(workers, "_SHORT", ())
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
+    with pytest.raises(
+        BeitError, match=rf"temporary files, {long}, has \d+ bytes.* set TMPDIR to a shorter one"
+    ):
+        make_module(Shades(64), workers=1).train_dataloader()
+    make_module(Shades(64), workers=0).train_dataloader()

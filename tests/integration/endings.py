@@ -61,6 +61,18 @@ class Signal(InEvaluation):
         os.kill(os.getpid(), self.number)
 
 
+class BlockFile(Callback):
+    """Puts a file whose reading never ends in the place of one that the run already knows."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.path.unlink()
+            os.mkfifo(self.path)
+
+
 def paint(root: Path, train: int = 12, held_out: int = 20) -> Path:
     """Two classes of noise, 24 x 20 pixels."""
     rng = np.random.default_rng(0)
@@ -77,13 +89,6 @@ def spoil(root: Path) -> None:
     """Cut one in four held-out images short."""
     for path in sorted((root / "val").rglob("*.png"))[::4]:
         path.write_bytes(path.read_bytes()[:60])
-
-
-def block(root: Path) -> None:
-    """Put a held-out image in place whose reading never ends."""
-    path = root / "val" / "b" / "0.png"
-    path.unlink()
-    os.mkfifo(path)
 
 
 def on(root: Path, workers: int) -> list[str]:
