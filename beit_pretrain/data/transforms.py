@@ -35,6 +35,7 @@ LANCZOS = "torchvision" if _LANCZOS_TENSORS else "pillow"
 RESIZE_IMPLEMENTATION = (
     f"torchvision {Version(torchvision.__version__).base_version} uint8 antialias, lanczos by {LANCZOS}"
 )
+_LARGEST = 2**23  # pixels up to which an image is always resized as a whole
 MASK_SALT = 1  # makes the key of a view's mask from that of its crop
 
 
@@ -104,15 +105,24 @@ def resize(
     An image that lies pixel by pixel takes half the time, and putting its planes one after another a tenth.
     """
     if interpolation == "lanczos" and not _LANCZOS_TENSORS:
-        resized = _resize_pillow(image, size)
+        resized = _resize_pillow(image, size, Image.Resampling.LANCZOS)
     else:
         resized = functional.resize(image, list(size), InterpolationMode(interpolation), antialias=True)
     return resized.contiguous() if planes else resized
 
 
-def _resize_pillow(image: Tensor, size: tuple[int, int]) -> Tensor:
+def _resize_pillow(
+    image: Tensor, size: tuple[int, int], how: Image.Resampling, part: Box | None = None
+) -> Tensor:
+    """Image (3, h, w) as (3, *size), or this part of that, without ever making the rest."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    resized = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    if part is None:
+        resized = picture.resize((size[1], size[0]), how)
+    else:
+        down, across = picture.height / size[0], picture.width / size[1]
+        right, bottom = (part.left + part.width) * across, (part.top + part.height) * down  # rounded
+        box = (part.left * across, part.top * down, min(right, picture.width), min(bottom, picture.height))
+        resized = picture.resize((part.width, part.height), how, box)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
@@ -277,7 +287,7 @@ class EvalView:
     """The centre of an image, resized until it just covers image_size / crop_pct; nothing is random.
 
     `rounding` says where the crop begins if the margins are odd: `round` as in torchvision and the published scores,
-    `int` as in Transformers.
+    `int` as in Transformers. Of a long thin image, which would grow to gigabytes, Pillow makes nothing but the crop.
     """
 
     def __init__(
@@ -299,9 +309,12 @@ class EvalView:
         (height, width), (rows, cols) = image.shape[1:], self.cover
         # Whichever side binds keeps its length; the other follows, cut to whole pixels, and is never too short.
         covering = max(rows, cols * height // width), max(cols, rows * width // height)
-        resized = resize(image, covering, "bicubic")
         top = self.rounding((covering[0] - self.image_size[0]) / 2)
         left = self.rounding((covering[1] - self.image_size[1]) / 2)
+        if covering[0] * covering[1] > max(_LARGEST, 16 * rows * cols):
+            centre = Box(top, left, *self.image_size)
+            return Crops(_resize_pillow(image, covering, Image.Resampling.BICUBIC, centre))
+        resized = resize(image, covering, "bicubic")
         return Crops(resized[:, top : top + self.image_size[0], left : left + self.image_size[1]])
 
     def collate(self, items: Sequence[Item]) -> ImageBatch:
