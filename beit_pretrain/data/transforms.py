@@ -105,24 +105,25 @@ def resize(
     An image that lies pixel by pixel takes half the time, and putting its planes one after another a tenth.
     """
     if interpolation == "lanczos" and not _LANCZOS_TENSORS:
-        resized = _resize_pillow(image, size, Image.Resampling.LANCZOS)
+        resized = _resize_pillow(image, size)
     else:
         resized = functional.resize(image, list(size), InterpolationMode(interpolation), antialias=True)
     return resized.contiguous() if planes else resized
 
 
 def _resize_pillow(
-    image: Tensor, size: tuple[int, int], how: Image.Resampling, part: Box | None = None
+    image: Tensor,
+    size: tuple[int, int],
+    how: Image.Resampling = Image.Resampling.LANCZOS,
+    part: Box | None = None,
 ) -> Tensor:
     """Image (3, h, w) as (3, *size), or this part of that, without ever making the rest."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    if part is None:
-        resized = picture.resize((size[1], size[0]), how)
-    else:
-        down, across = picture.height / size[0], picture.width / size[1]
-        right, bottom = (part.left + part.width) * across, (part.top + part.height) * down  # rounded
-        box = (part.left * across, part.top * down, min(right, picture.width), min(bottom, picture.height))
-        resized = picture.resize((part.width, part.height), how, box)
+    down, across = picture.height / size[0], picture.width / size[1]
+    top, left, height, width = part or Box(0, 0, *size)
+    right, bottom = min(picture.width, (left + width) * across), min(picture.height, (top + height) * down)
+    box = None if part is None else (left * across, top * down, right, bottom)
+    resized = picture.resize((width, height), how, box)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
@@ -309,8 +310,7 @@ class EvalView:
         (height, width), (rows, cols) = image.shape[1:], self.cover
         # Whichever side binds keeps its length; the other follows, cut to whole pixels, and is never too short.
         covering = max(rows, cols * height // width), max(cols, rows * width // height)
-        top = self.rounding((covering[0] - self.image_size[0]) / 2)
-        left = self.rounding((covering[1] - self.image_size[1]) / 2)
+        top, left = (self.rounding((covering[side] - self.image_size[side]) / 2) for side in (0, 1))
         if covering[0] * covering[1] > max(_LARGEST, 16 * rows * cols):
             centre = Box(top, left, *self.image_size)
             return Crops(_resize_pillow(image, covering, Image.Resampling.BICUBIC, centre))

@@ -94,9 +94,13 @@ def _peak(command: list[str]) -> int:
     return 1024 * int(line.split()[1])
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_classifier(tmp_path_factory.mktemp("runs") / "run")
+
+
 @pytest.mark.parametrize("command", ["predict", "embed"])
-def test_a_picture_of_one_row_or_column_takes_no_more_memory(command: str, tmp_path: Path) -> None:
-    run = save_classifier(tmp_path / "run")
+def test_a_picture_of_one_row_or_column_takes_no_more_memory(command: str, run: Path, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (1, 10_000, 3), np.uint8)
     shapes = {"ordinary": (250, 40), "wide": (1, 10_000), "high": (10_000, 1)}
     peaks = {}
