@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional
 
 from beit_pretrain.errors import ConfigError
 from beit_pretrain.evaluation import sum_over_ranks
-from beit_pretrain.label_maps import IGNORED
+from beit_pretrain.label_maps import IGNORED, check_aspect
 
 Model = Callable[[Tensor], Tensor]  # (B, 3, S, S') uint8 -> logits (B, C, s, s'); it normalises for itself
 
@@ -77,6 +77,7 @@ class Sliding:
     def scores(self, model: Model, image: Tensor) -> Iterator[Tensor]:
         """Strips (C, n, W) of the image's rows from the top: logits of one pass, mean probabilities of several."""
         height, width = image.shape[1:]
+        check_aspect(height, width)
         passes = [
             _Pass(self._windows(model, image, size, mirrored), size, weight / (1 + self.flip))
             for size, weight in self.working_sizes(height, width).items()

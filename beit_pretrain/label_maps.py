@@ -14,9 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from beit_pretrain.errors import DataError
 from beit_pretrain.sheets import ELLIPSIS, FAINT, INK, PAPER, fit_text
 
 IGNORED = 255  # pixels without a class: neither learnt from nor counted
+THINNEST = 256  # long side of an image over its short one: a longer image would be thousands of windows
 LARGEST = 24  # classes that a legend names
 PANEL = 480  # longest side of one of several pictures side by side
 SMALL = 240  # shorter pictures are magnified up to about this, without smoothing
@@ -29,6 +31,15 @@ STRIPE = 3
 WRONG = (214, 39, 40)
 
 Colour = tuple[int, int, int]
+
+
+def check_aspect(height: int, width: int) -> None:
+    """DataError for an image too long and thin to be seen by windows."""
+    if max(height, width) > THINNEST * min(height, width):
+        raise DataError(
+            f"{width} x {height} pixels: for label maps the long side is at most {THINNEST} times the short one; cut "
+            "the image into parts"
+        )
 
 
 # --- colours ------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional
 
 from beit_pretrain import dense
 from beit_pretrain.dense import SegmentationScore, Sliding, image_score
-from beit_pretrain.errors import ConfigError
+from beit_pretrain.errors import ConfigError, DataError
 
 Model = Callable[[Tensor], Tensor]
 
@@ -278,6 +278,16 @@ def test_a_large_image_takes_a_fraction_of_its_scores() -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 400
+
+
+def test_an_image_of_thousands_of_windows_is_refused_before_the_first() -> None:
+    def model(batch: Tensor) -> Tensor:
+        raise AssertionError(batch.shape)
+
+    for mode in ("slide", "whole"):
+        for shape in ((1, 10_000), (10_000, 1), (3, 769)):
+            with pytest.raises(DataError, match=rf"^{shape[1]} x {shape[0]} pixels: .* at most 256 times"):
+                Sliding(crop=[512, 512], patch_size=16, mode=mode).predict(model, torch.zeros(3, *shape))
 
 
 def test_the_way_is_told_in_one_line() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from beit_pretrain.data.folder import SUFFIXES, FileSource, inode, is_image, listing, walk
+from beit_pretrain.data.folder import SUFFIXES, FileSource, inode, is_folder, is_image, is_lost, listing, walk
 from beit_pretrain.data.sources import digest
 from beit_pretrain.errors import DataError
 
@@ -93,6 +93,8 @@ def _split_folders(root: str, given: dict[str, str | None]) -> dict[str, bytes]:
         name = given[split]
         if name is not None and os.path.isdir(folder := os.path.join(path, name)):
             folders[split] = folder
+        elif name is not None and is_lost(folder):
+            raise DataError(lost(root, folder, split))
     return {split: os.fsencode(os.path.normpath(folder)) for split, folder in folders.items()}
 
 
@@ -105,10 +107,12 @@ def _class_folders(root: str, split: str, folders: dict[str, bytes]) -> list[byt
         for entry in entries:
             if entry.name.startswith(b".") or entry.path in others:
                 continue
-            if entry.is_dir():
+            if is_folder(entry):
                 names.append(entry.name)
             elif is_image(entry.name):
                 loose.append(entry.name)
+            elif is_lost(entry.path):  # it may have been a class
+                raise DataError(lost(root, os.fsdecode(entry.path), split))
     if loose:
         instead = "" if split == "train" else f", or set data.source.{split}=null to leave this part out"
         raise DataError(
@@ -164,6 +168,15 @@ def _check_known(root: str, split: str, found: Sequence[bytes], names: Sequence[
             f"{_some([os.fsdecode(name) for name in unknown])}; add training images of them, remove them, or "
             f"set data.source.{split}=null"
         )
+
+
+def lost(root: str, path: str, split: str) -> str:
+    """What to say of a link to nothing where a folder of this split may have been."""
+    instead = "" if split == "train" else f", or set data.source.{split}=null to leave this part out"
+    return (
+        f"data.root={root}: {path} is a link to {os.readlink(path)}, which is not there: bring it back or remove the "
+        f"link{instead}"
+    )
 
 
 def _count(number: int, what: str) -> str:

@@ -22,6 +22,7 @@ from beit_pretrain.data.scenes import PairView
 from beit_pretrain.data.sources import SceneSource, Source
 from beit_pretrain.data.transforms import Item, View
 from beit_pretrain.errors import DataError, LabelError
+from beit_pretrain.label_maps import check_aspect
 from beit_pretrain.wording import cell, from_cell, printable
 
 _HEADER = ("sample", "name", "reason")
@@ -197,6 +198,7 @@ class SceneDataset(ViewDataset):
 
     def _load(self, sample: int) -> tuple[Tensor, ...]:
         (image,) = super()._load(sample)
+        check_aspect(*image.shape[1:])
         label_map = self.scenes.label_map(sample)
         if image.shape[1:] != label_map.shape:
             raise DataError(

@@ -54,11 +54,11 @@ class Folder(FileSource):
     """Every image file below `root`: a folder, a glob pattern, or a list of them; flat or nested as it comes.
 
     The order is that of the roots as given, then of the path below the root (by its bytes). Names that
-    begin with a dot are passed over, links are followed, a file below two of the roots counts once. A
-    pattern's root is what comes before its first wildcard. Labels are the first-level folders, sorted by
-    name, if every image lies below such a folder of its root and there are at least two of them; otherwise
-    there are none. `/data/train` and `/data/val` below one root would be such folders: give the training
-    folder as the root.
+    begin with a dot are passed over, links are followed, a file below two of the roots counts once. A link
+    to nothing that is named like an image counts as one, which cannot be read. A pattern's root is what comes
+    before its first wildcard. Labels are the first-level folders, sorted by name, if every image lies below
+    such a folder of its root and there are at least two of them; otherwise there are none. `/data/train` and
+    `/data/val` below one root would be such folders: give the training folder as the root.
     """
 
     def __init__(self, *, root: str | Sequence[str]) -> None:
@@ -112,18 +112,24 @@ def _expand(entry: str) -> tuple[bytes, list[bytes]]:
     return os.fsencode(fixed), [os.fsencode(match) for match in matches]
 
 
-def walk(start: bytes, base: bytes, seen: set[tuple[int, int]], taken: set[bytes]) -> Iterator[bytes]:
+def walk(
+    start: bytes, base: bytes, seen: set[tuple[int, int]], taken: set[bytes], key: str = "data.root"
+) -> Iterator[bytes]:
     """Paths, relative to `base`, of the images at or below `start`.
 
-    Passes over the folders in `seen` (device, inode) and the files in `taken`, and adds to both.
+    Passes over the folders in `seen` (device, inode) and the files in `taken`, and adds to both. What cannot be looked
+    at counts as an image if it is named like one: reading it says why. DataError, which names `key`, for a folder that
+    cannot be listed, and for a link to nothing that may have been one.
     """
     cut = len(os.path.join(base, b""))
     stack = [start]
-    with listing(start):
+    with listing(start, key):
         if not os.path.isdir(start):
             # A file that a pattern matched itself.
             known = start in taken or inode(os.path.dirname(start)) in seen
-            if is_image(os.path.basename(start)) and not known:
+            if not is_image(os.path.basename(start)):
+                _check_link(start, key)
+            elif not known:
                 taken.add(start)
                 yield start[cut:]
             return
@@ -137,21 +143,54 @@ def walk(start: bytes, base: bytes, seen: set[tuple[int, int]], taken: set[bytes
                 for entry in entries:
                     if entry.name.startswith(b"."):
                         continue
-                    if entry.is_dir():
+                    if is_folder(entry):
                         stack.append(entry.path)
-                    elif is_image(entry.name) and entry.is_file() and entry.path not in taken:
+                    elif not is_image(entry.name):
+                        if entry.is_symlink():
+                            _check_link(entry.path, key)
+                    elif _is_readable_or_lost(entry) and entry.path not in taken:
                         yield entry.path[cut:]
 
 
 @contextmanager
-def listing(folder: bytes) -> Iterator[None]:
+def listing(folder: bytes, key: str = "data.root") -> Iterator[None]:
     """Turns a folder's OSError into a DataError."""
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"data.root: {os.fsdecode(error.filename or folder)} cannot be listed: {error}"
+            f"{key}: {os.fsdecode(error.filename or folder)} cannot be listed: {error}"
         ) from error
+
+
+def is_folder(entry: os.DirEntry[bytes]) -> bool:
+    """False too for what cannot be looked at, such as a circle of links."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def is_lost(path: str | bytes) -> bool:
+    """Whether it is a link to what is not there, such as a disk that is not mounted."""
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def _is_readable_or_lost(entry: os.DirEntry[bytes]) -> bool:
+    """Whether it is a file or cannot be looked at; not a pipe or a device, which may never end."""
+    try:
+        return entry.is_file() or not os.path.exists(entry.path)
+    except OSError:
+        return True
+
+
+def _check_link(path: bytes, key: str) -> None:
+    """DataError for a link to nothing that has no suffix: it may have led to a folder of images."""
+    if is_lost(path) and not os.path.splitext(path)[1]:
+        raise DataError(
+            f"{key}: {os.fsdecode(path)} is a link to {os.fsdecode(os.readlink(path))}, which is not there: bring it "
+            "back, or remove the link"
+        )
 
 
 def inode(folder: bytes) -> tuple[int, int]:

@@ -17,7 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from beit_pretrain.data.folder import SUFFIXES, FileSource, walk
+from beit_pretrain.data.class_folders import lost
+from beit_pretrain.data.decode import check_png
+from beit_pretrain.data.folder import SUFFIXES, FileSource, is_lost, walk
 from beit_pretrain.data.sources import SceneSource, digest
 from beit_pretrain.errors import DataError, LabelError
 from beit_pretrain.label_maps import IGNORED
@@ -61,7 +63,7 @@ class LabelFolders(FileSource, SceneSource):
         folders: list[bytes] = []
         self.map_folders: list[bytes] = []
         for split, name in (("train", train), ("val", val), ("test", test)):
-            if name is None or (split != "train" and not (path / images / name).is_dir()):
+            if name is None or (split != "train" and not _is_there(root, path / images / name, split)):
                 continue
             folders.append(os.fsencode(path / images / name))
             self.map_folders.append(os.fsencode(path / annotations / name))
@@ -126,6 +128,7 @@ def _values(data: bytes, name: str) -> np.ndarray:
     """The numbers of a PNG file as they are stored, (H, W). DataError if it cannot be read as one."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            check_png(data)
             image.load()
             mode, values = image.mode, np.array(image)
     except Image.UnidentifiedImageError as error:
@@ -160,6 +163,13 @@ def _root(root: str) -> Path:
             f"data.root={root} {what}; set data.root to the folder above those of images and label maps"
         )
     return path
+
+
+def _is_there(root: str, folder: Path, split: str) -> bool:
+    """Whether a split has a folder of images. DataError for a link to one that is not there."""
+    if is_lost(str(folder)):
+        raise DataError(lost(root, str(folder), split))
+    return folder.is_dir()
 
 
 def _pairs(root: str, split: str, images: bytes, maps: bytes) -> list[bytes]:

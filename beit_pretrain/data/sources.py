@@ -79,7 +79,8 @@ class SceneSource(Source):
         """What is labelled: the shares of the classes over at most `most` maps, spread evenly (None: all).
 
         `share` (C,) is of the labelled pixels, `ignored` of all. Maps that cannot be read are left out.
-        LabelError for a value that is no class, DataError if nothing is labelled.
+        LabelError for a value that is no class. DataError if nothing is labelled, and if one class alone is, while
+        other pixels are ignored or no map is left that was not looked at.
         """
         count = len(indices) if most is None else min(most, len(indices))
         pixels, read = np.zeros(256, np.int64), 0
@@ -98,6 +99,12 @@ class SceneSource(Source):
                 f"no pixel is labelled in the {read} label maps that could be read of {count} looked at: every one is "
                 f"ignored ({IGNORED}); set data.root to images with label maps"
             )
+        if np.count_nonzero(labelled) == 1 and (pixels[IGNORED] or count == len(indices)):
+            raise DataError(
+                f"{self.class_names[int(labelled.argmax())]} is the only class in the {read} label maps that could be "
+                f"read of {count} looked at, and {pixels[IGNORED] / pixels.sum():.1%} of their pixels are ignored "
+                f"({IGNORED}); {self._mend_single(count < len(indices))}"
+            )
         missing = [name for name, found in zip(self.class_names, labelled, strict=True) if not found]
         remarks = []
         if missing:
@@ -109,6 +116,14 @@ class SceneSource(Source):
             "ignored": float(pixels[IGNORED] / pixels.sum()),
             "remarks": remarks,
         }
+
+    def _mend_single(self, is_partial: bool) -> str:
+        """What to do about label maps of one class."""
+        if self.reduce_zero_label:
+            mend = "if 0 is a class in your files, set data.source.reduce_zero_label=false"
+        else:
+            mend = f"if {IGNORED} is a class in your files, as in masks of 0 and {IGNORED}, store 1 instead"
+        return mend + (", or raise data.check_label_maps if the others are rare" if is_partial else "")
 
 
 class Digits(Source):

@@ -35,6 +35,7 @@ LANCZOS = "torchvision" if _LANCZOS_TENSORS else "pillow"
 RESIZE_IMPLEMENTATION = (
     f"torchvision {Version(torchvision.__version__).base_version} uint8 antialias, lanczos by {LANCZOS}"
 )
+_LARGEST = 2**23  # pixels up to which an image is always resized as a whole
 MASK_SALT = 1  # makes the key of a view's mask from that of its crop
 
 
@@ -110,9 +111,19 @@ def resize(
     return resized.contiguous() if planes else resized
 
 
-def _resize_pillow(image: Tensor, size: tuple[int, int]) -> Tensor:
+def _resize_pillow(
+    image: Tensor,
+    size: tuple[int, int],
+    how: Image.Resampling = Image.Resampling.LANCZOS,
+    part: Box | None = None,
+) -> Tensor:
+    """Image (3, h, w) as (3, *size), or this part of that, without ever making the rest."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    resized = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    down, across = picture.height / size[0], picture.width / size[1]
+    top, left, height, width = part or Box(0, 0, *size)
+    right, bottom = min(picture.width, (left + width) * across), min(picture.height, (top + height) * down)
+    box = None if part is None else (left * across, top * down, right, bottom)
+    resized = picture.resize((width, height), how, box)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
@@ -277,7 +288,7 @@ class EvalView:
     """The centre of an image, resized until it just covers image_size / crop_pct; nothing is random.
 
     `rounding` says where the crop begins if the margins are odd: `round` as in torchvision and the published scores,
-    `int` as in Transformers.
+    `int` as in Transformers. Of a long thin image, which would grow to gigabytes, Pillow makes nothing but the crop.
     """
 
     def __init__(
@@ -299,9 +310,11 @@ class EvalView:
         (height, width), (rows, cols) = image.shape[1:], self.cover
         # Whichever side binds keeps its length; the other follows, cut to whole pixels, and is never too short.
         covering = max(rows, cols * height // width), max(cols, rows * width // height)
+        top, left = (self.rounding((covering[side] - self.image_size[side]) / 2) for side in (0, 1))
+        if covering[0] * covering[1] > max(_LARGEST, 16 * rows * cols):
+            centre = Box(top, left, *self.image_size)
+            return Crops(_resize_pillow(image, covering, Image.Resampling.BICUBIC, centre))
         resized = resize(image, covering, "bicubic")
-        top = self.rounding((covering[0] - self.image_size[0]) / 2)
-        left = self.rounding((covering[1] - self.image_size[1]) / 2)
         return Crops(resized[:, top : top + self.image_size[0], left : left + self.image_size[1]])
 
     def collate(self, items: Sequence[Item]) -> ImageBatch:

@@ -27,7 +27,7 @@ def embed(path: Path, caption: str, *, side: int = 1400, enough: int = ENOUGH) -
     """The PNG at `path`: as it is while small, else at most `side` pixels long and compressed."""
     try:
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             image.load()
             width, height = image.size
             if max(width, height) <= side and len(content) <= enough:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from beit_pretrain.cluster.ending import die_with_parent, kill
 from beit_pretrain.data.decode import decode
-from beit_pretrain.data.folder import is_image
+from beit_pretrain.data.folder import walk
 from beit_pretrain.data.workers import before_workers
 from beit_pretrain.devices import ACCELERATORS, accelerator
 from beit_pretrain.errors import BeitError, DataError
@@ -38,23 +38,19 @@ def device_of(asked: str) -> torch.device:
 def find_images(given: Sequence[Path], without: tuple[str, ...] = ()) -> Iterator[tuple[Path, Path]]:
     """Paths of images as given or below a folder, by name, and each without that folder.
 
-    Below folders, files that end with one of `without` (earlier results) are passed over. DataError for a folder
-    without images.
+    Folders are walked as in training. Below them, files that end with one of `without` (earlier results) are passed
+    over. DataError for a folder without images.
     """
     for entry in given:
-        if not entry.is_dir():
+        if not os.path.isdir(entry):
             yield entry, Path(entry.name)
             continue
-        below = sorted(
-            path
-            for path in entry.rglob("*")
-            if is_image(os.fsencode(path.name))
-            and not (without and path.name.endswith(without))
-            and path.is_file()
-        )
+        start = os.fsencode(entry)
+        found = (Path(os.fsdecode(path)) for path in walk(start, start, set(), set(), key="IMAGES"))
+        below = sorted(path for path in found if not (without and path.name.endswith(without)))
         if not below:
             raise DataError(f"{entry} holds no images: give a folder that does, or files")
-        yield from ((path, path.relative_to(entry)) for path in below)
+        yield from ((entry / path, path) for path in below)
 
 
 def outputs(given: Sequence[Path], out: Path, endings: tuple[str, ...]) -> dict[Path, Path]:
@@ -67,14 +63,14 @@ def outputs(given: Sequence[Path], out: Path, endings: tuple[str, ...]) -> dict[
     for path, below in find_images(given, without=endings):
         target = out / below.with_suffix("")
         other = found.setdefault(target, path)
-        if other.resolve() != path.resolve():  # the same one may be given twice
+        if os.path.realpath(other) != os.path.realpath(path):  # the same one may be given twice
             raise DataError(
                 f"{other} and {path} would both become {target}{endings[0]}: let one of them go to another folder "
                 "(--out), or rename it"
             )
-    inputs = {path.resolve() for path in found.values()}
+    inputs = {os.path.realpath(path) for path in found.values()}
     for target in found:
-        for result in (Path(f"{target}{ending}").resolve() for ending in endings):
+        for result in (os.path.realpath(f"{target}{ending}") for ending in endings):
             if result in inputs:
                 raise DataError(f"{result} is one of the images and would be written over: set another --out")
     return found

@@ -14,7 +14,7 @@ from torch import Tensor
 from beit_pretrain.checkpoint import files
 from beit_pretrain.dense import Sliding
 from beit_pretrain.errors import CheckpointError, DataError
-from beit_pretrain.label_maps import label_png, overlay
+from beit_pretrain.label_maps import check_aspect, label_png, overlay
 from beit_pretrain.models.whole import Segmenter
 from beit_pretrain.tools.images import count, device_of, list_unreadable, outputs, read_image
 from beit_pretrain.tools.load import Loaded, load
@@ -66,7 +66,7 @@ def segment(
     unreadable = []
     for target, path in todo.items():
         try:
-            image = read_image(path)
+            image = _read(path)
         except DataError as error:
             unreadable.append(str(error))
             continue
@@ -79,6 +79,16 @@ def segment(
         print(printable(f"{path}: {said}"), flush=True)
     print(f"{count(len(todo) - len(unreadable))} segmented, written to {out}")
     return list_unreadable(unreadable)
+
+
+def _read(path: Path) -> Tensor:
+    """The picture, (3, H, W) uint8; DataError, which names the file, if it cannot be read or is too long and thin."""
+    image = read_image(path)
+    try:
+        check_aspect(*image.shape[1:])
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return image
 
 
 def _sliding(loaded: Loaded, given: str, *, multi_scale: bool, whole: bool) -> Sliding:

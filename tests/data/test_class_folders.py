@@ -273,3 +273,20 @@ def test_images_are_found_as_by_the_source_of_folders(tmp_path: Path) -> None:
     ours, theirs = ClassFolders(root=str(tmp_path), train=None, val=None), Folder(root=str(tmp_path))
     assert [ours.name(i) for i in range(60)] == [theirs.name(i) for i in range(60)]
     assert np.array_equal(ours.labels, theirs.labels) and ours.class_names == theirs.class_names  # pyright: ignore
+
+
+def test_a_dead_link_where_a_class_or_a_split_may_have_been_is_an_error(tmp_path: Path) -> None:
+    _fill(tmp_path, "train/a/1.png", "train/001.b/2.png", "val/a/3.png")
+    (tmp_path / "train/a/4.png").symlink_to("gone.png")
+    source = ClassFolders(root=str(tmp_path))
+    assert _names(source, "train", tmp_path) == ["train/001.b/2.png", "train/a/1.png", "train/a/4.png"]
+    (tmp_path / "train/002.c").symlink_to("/gone/002.c")
+    with pytest.raises(
+        DataError, match=r"train/002\.c is a link to /gone/002\.c, which is not there: .* the link$"
+    ):
+        ClassFolders(root=str(tmp_path))
+    (tmp_path / "train/002.c").unlink()
+    (tmp_path / "test").symlink_to("/gone/test")
+    with pytest.raises(DataError, match=r"/test is a link to .* or set data\.source\.test=null"):
+        ClassFolders(root=str(tmp_path), test="test")
+    assert set(ClassFolders(root=str(tmp_path)).splits) == {"train", "val"}

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from beit_pretrain.data.dataset import BadImages, ViewDataset
 from beit_pretrain.data.decode import decode
 from beit_pretrain.data.folder import Folder
+from beit_pretrain.data.sampler import Failure, Key
+from beit_pretrain.data.transforms import OneView
 from beit_pretrain.errors import DataError
 
 
@@ -94,7 +97,45 @@ def test_links_are_followed_and_circles_end(tmp_path: Path) -> None:
     (tmp_path / "root/link").symlink_to(tmp_path / "outside")
     (tmp_path / "outside/back").symlink_to(tmp_path / "root")
     (tmp_path / "root/dangling.png").symlink_to(tmp_path / "nowhere")
-    assert _names(Folder(root=str(tmp_path / "root")), tmp_path) == ["root/b.png", "root/link/a.png"]
+    found = _names(Folder(root=str(tmp_path / "root")), tmp_path)
+    assert found == ["root/b.png", "root/dangling.png", "root/link/a.png"]
+
+
+def test_what_cannot_be_looked_at_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    _fill(tmp_path, "a.png", "notes.txt")
+    (tmp_path / "b.png").symlink_to("gone.png")
+    (tmp_path / "c.png").symlink_to("c.png")  # to itself
+    (tmp_path / "d.txt").symlink_to("gone.txt")
+    (tmp_path / "circle").symlink_to("circle.x")
+    (tmp_path / "circle.x").symlink_to("circle.x")
+    os.mkfifo(tmp_path / "e.png")  # to open it would never end
+    with pytest.raises(
+        DataError, match=r"data\.root: .*/circle is a link to circle\.x, which is not there: bring"
+    ):
+        Folder(root=str(tmp_path))
+    (tmp_path / "circle").unlink()
+    folder = Folder(root=str(tmp_path))
+    assert _names(folder, tmp_path) == ["a.png", "b.png", "c.png"]
+    for index in (1, 2):
+        with pytest.raises(OSError, match=rf"{'bc'[index - 1]}\.png"):
+            folder.read(index)
+    with pytest.raises(DataError, match=r"/gone is a link to nowhere, which is not there"):
+        (tmp_path / "gone").symlink_to("nowhere")
+        Folder(root=f"{tmp_path}/go*")
+
+
+def test_a_dead_link_among_the_images_of_a_run_is_noted_with_its_path(tmp_path: Path) -> None:
+    _fill(tmp_path, "a.png")
+    (tmp_path / "b.png").symlink_to("gone.png")
+    bad = BadImages(indices=np.arange(2), max_bad=1.0, log=None)
+    view = OneView(image_size=(4, 4))
+    source = Folder(root=str(tmp_path))
+    dataset = ViewDataset(
+        source=source, indices=np.arange(2), view=view, seed=0, held_out=False, max_bad=1.0, bad_log=None
+    )
+    dataset.bad = bad
+    assert isinstance(dataset[Key(1, 0)], Failure)  # nor is the other one an image
+    assert bad.known[1][0] == f"{tmp_path}/b.png" and "No such file" in bad.known[1][1]
 
 
 def test_odd_bytes_in_names_survive(tmp_path: Path) -> None:

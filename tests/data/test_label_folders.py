@@ -316,8 +316,74 @@ def test_the_look_refuses_maps_without_a_label_and_counts_many_absent_classes(tm
         DataError, match=r"no pixel is labelled in the 1 label maps .* \(255\); set data\.root"
     ):
         source(tmp_path).look(np.array([0]), None)
+    write_pair(tmp_path, "c", [[0, 1]])
     write(tmp_path / "classes.txt", "\n".join(map(str, range(9))).encode())
-    assert source(tmp_path).look(np.arange(2), None)["remarks"] == ["8 of 9 classes never occur"]
+    assert source(tmp_path).look(np.arange(3), None)["remarks"] == ["7 of 9 classes never occur"]
+
+
+def test_the_look_refuses_masks_of_one_class(tmp_path: Path) -> None:
+    write(tmp_path / "classes.txt", b"ground\nflower")
+    for number in range(3):
+        write_pair(tmp_path, f"{number}", [[0, 255, 255]])  # the usual mask of black and white
+    message = (
+        r"^ground is the only class in the 3 label maps .* 66\.7% .* ignored \(255\); .* store 1 instead"
+    )
+    with pytest.raises(DataError, match=message + "$"):
+        source(tmp_path).look(np.arange(3), None)
+    message = message.replace("3 label", "2 label")
+    with pytest.raises(
+        DataError, match=message + r", or raise data\.check_label_maps if the others are rare$"
+    ):
+        source(tmp_path).look(np.arange(3), 2)
+    for number in range(3):
+        write_pair(tmp_path, f"{number}", [[0, 1, 1]])
+    with pytest.raises(
+        DataError, match=r"flower|ground is the only .*; if 0 is a class .*reduce_zero_label=false$"
+    ):
+        source(tmp_path, reduce_zero_label=True).look(np.arange(3), None)
+    for number in range(3):  # nothing is ignored: a class may be rare, until all maps were looked at
+        write_pair(tmp_path, f"{number}", [[0, 0, 0]])
+    assert source(tmp_path).look(np.arange(3), 2)["remarks"] == ["1 of 2 classes never occur: flower"]
+    with pytest.raises(
+        DataError, match=r"ground is the only class in the 3 label maps .* 0\.0% of their pixels"
+    ):
+        source(tmp_path).look(np.arange(3), None)
+
+
+# --- what cannot be looked at -------------------------------------------------------------------------------
+
+
+def test_a_dead_link_is_an_unreadable_file_of_a_pair_and_not_a_missing_one(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_pair(tmp_path, name, [[0, 1]])
+    for path in (tmp_path / "images/training/b.png", tmp_path / "annotations/training/c.png"):
+        path.unlink()
+        path.symlink_to("/gone/x.png")
+    found = source(tmp_path)
+    assert len(found) == 3
+    with pytest.raises(FileNotFoundError, match=r"images/training/b\.png"):
+        found.read(1)
+    with pytest.raises(FileNotFoundError, match=r"annotations/training/c\.png"):
+        found.label_map(2)
+    (tmp_path / "images/validation").symlink_to("/gone/validation")
+    with pytest.raises(
+        DataError, match=r"images/validation is a link to /gone/validation, .*data\.source\.val=null"
+    ):
+        source(tmp_path)
+
+
+def test_a_damaged_map_is_never_read_in_part(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 5, (31, 17))
+    write_pair(tmp_path, "a", values)
+    whole = (tmp_path / "annotations/training/a.png").read_bytes()
+    found = source(tmp_path)
+    for place in range(0, len(whole), 5):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        for data in (bytes(flipped), whole[:place]):
+            write(tmp_path / "annotations/training/a.png", data)
+            with pytest.raises(DataError, match=r"label map .*a\.png"):
+                found.label_map(0)
 
 
 def test_the_look_notices_classes_from_0_that_were_read_as_from_1(tmp_path: Path) -> None:

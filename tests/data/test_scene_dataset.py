@@ -169,3 +169,14 @@ def test_a_source_without_label_maps_is_refused() -> None:
             seed=0,
             bad_log=None,
         )
+
+
+def test_an_image_too_long_and_thin_for_windows_counts_as_unreadable(tmp_path: Path) -> None:
+    for name, shape in (("a", (1, 256)), ("b", (1, 257)), ("c", (600, 2))):
+        write_pair(tmp_path, name, np.arange(np.prod(shape)).reshape(shape) % 5)
+    dataset = _dataset(tmp_path, WholeView(), held_out=True, max_bad=1.0)
+    assert [getattr(dataset[Key(sample, 0)], "sample", None) for sample in range(3)] == [0, 0, 0]
+    assert dataset.bad.known[1][1].startswith(
+        "257 x 1 pixels: for label maps the long side is at most 256 times"
+    )
+    assert set(dataset.bad.known) == {1, 2}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageEnhance
 from scipy.stats import ks_2samp
 from sklearn.datasets import load_sample_images
-from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 
 from beit_pretrain.data import transforms
 from beit_pretrain.data.jitter import apply_jitter, draw_jitter
@@ -282,7 +282,7 @@ def test_the_evaluation_view_is_torchvisions_resize_and_centre_crop(
     source: tuple[int, int], crop_pct: float
 ) -> None:
     image = _noise(*source)
-    resize = v2.Resize(int(224 / crop_pct), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    resize = v2.Resize(int(224 / crop_pct), interpolation=InterpolationMode.BICUBIC, antialias=True)
     expected = v2.CenterCrop(224)(resize(image))
     assert torch.equal(EvalView(image_size=(224, 224), crop_pct=crop_pct)(image, 0).image, expected)
 
@@ -295,6 +295,43 @@ def test_a_wide_evaluation_view_covers_its_size(source: tuple[int, int]) -> None
     for axis in (0, 1):  # centred: as much is missing on one side as on the other
         line = crop[axis].float().mean(axis).sort().values
         assert abs((line[0] + line[-1]).item() - 255) < 6
+
+
+@pytest.mark.parametrize("rounding", [round, int])
+@pytest.mark.parametrize("size", [(224, 224), (47, 112)])
+def test_an_ordinary_picture_is_resized_whole_and_cut(size: tuple[int, int], rounding: Any) -> None:
+    for crop_pct in (0.875, 1.0):
+        view = EvalView(image_size=size, crop_pct=crop_pct, rounding=rounding)
+        rows, cols = (int(side / crop_pct + 1e-6) for side in size)
+        for height, width in (
+            (37, 53),
+            (480, 640),
+            (333, 501),
+            (5, 200),
+            (700, 31),
+            (224, 224),
+            (1, 1),
+            (90, 9000),
+        ):
+            image = _noise(height, width)
+            whole = [max(rows, cols * height // width), max(cols, rows * width // height)]
+            resized = v2.functional.resize(image, whole, InterpolationMode.BICUBIC, antialias=True)
+            top, left = (rounding((full - side) / 2) for full, side in zip(whole, size, strict=True))
+            expected = resized[:, top : top + size[0], left : left + size[1]]
+            assert torch.equal(view(image, 0).image, expected), (height, width)
+
+
+@pytest.mark.parametrize("rounding", [round, int])
+def test_the_centre_made_alone_is_that_of_the_whole(rounding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = EvalView(image_size=(24, 37), crop_pct=0.9, rounding=rounding)
+    for height, width in ((9, 900), (901, 7), (1, 700), (400, 1), (100, 9001), (2, 3000)):
+        image = v2.functional.resize(_noise(max(1, height // 3), max(1, width // 3)), [height, width])
+        whole = view(image, 0).image
+        with monkeypatch.context() as patched:
+            patched.setattr(transforms, "_LARGEST", 0)
+            alone = view(image, 0).image
+        difference = (alone.int() - whole.int()).abs()
+        assert alone.shape == (3, 24, 37) and difference.max() <= 2 and difference.float().mean() < 0.5
 
 
 def test_batches_stack_what_the_items_hold() -> None:
