@@ -209,7 +209,7 @@ def choice_of(group: str, target: Any) -> str | None:
     """
     for name in choices(group):
         content = yaml.safe_load((config_dir() / group / f"{name}.yaml").read_text(encoding="utf-8"))
-        if isinstance(target, str) and content["_target_"] == target:
+        if isinstance(target, str) and (content or {}).get("_target_") == target:
             return name
     return None
 

@@ -91,7 +91,7 @@ def _read(key: str, path: str, part: str) -> tuple[dict[str, Any] | None, list[s
 def _agrees(cfg: DictConfig, saved: dict[str, Any], explicit: Collection[str]) -> Faults:
     """What the encoder of `init_from` was made for: pixels of this scale, an encoder of this shape."""
     # Files of others may not say how they were normalised.
-    stated = [name for name in ("mean", "std") if saved["preprocessing"][name] is not None]
+    stated = [name for name in ("mean", "std") if saved["preprocessing"].get(name) is not None]
     then = {name: [float(v) for v in saved["preprocessing"][name]] for name in stated}
     now = {name: [float(v) for v in cfg.data.normalize[name]] for name in stated}
     # Fine-tuning gets used to other pixels, at a price; whoever sets them by hand has thought of it, and so have the
@@ -169,7 +169,7 @@ def load_weights(
             "images of the same classes"
         )
     report.notes += about.get("foreign", {}).get("notes", [])
-    if about["preprocessing"]["mean"] is None:
+    if about["preprocessing"].get("mean") is None:
         scale = _scale({name: list(values) for name, values in cfg.data.normalize.items()})
         report.notes.append(
             f"it does not say how its images were normalised: here with {scale} (data.normalize)"
@@ -211,7 +211,7 @@ def grid_of(config: Mapping[str, Any]) -> tuple[int, int]:
 
 def _classes(about: Mapping[str, Any]) -> list[str] | None:
     """Names of the classes that a checkpoint's head tells apart, if it has such a head."""
-    return about["preprocessing"]["class_names"] if about["config"]["stage"]["name"] in HEADS else None
+    return about["preprocessing"].get("class_names") if about["config"]["stage"]["name"] in HEADS else None
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], key: str) -> None:

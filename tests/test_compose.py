@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from runs import DIGITS_TOKENIZER, pretrain, save_pretrained, save_tokenizer
 
-from beit_pretrain.checkpoint import files
+from beit_pretrain.checkpoint import files, record
 from beit_pretrain.compose import choices, compose, recipe_diff, set_by_hand
 from beit_pretrain.errors import CheckpointError, ConfigError
+from beit_pretrain.folder import plain
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +164,29 @@ def test_a_tokenizers_shape_comes_from_its_checkpoint(tokenizer: Path) -> None:
 
 
 def test_no_option_of_the_default_tokenizer_stays_beside_an_adopted_one(tmp_path: Path) -> None:
-    mine = {"_target_": "mine.Bits", "name": "bits", "image_size": 112, "bits": 13, "checkpoint": "elsewhere"}
-    files.write(tmp_path / "mine.ckpt", {"beit_pretrain": {"config": {"tokenizer": mine}}, "state_dict": {}})
-    cfg = compose(["stage=pretrain", f"tokenizer.checkpoint={tmp_path}/mine.ckpt"])
-    assert cfg.tokenizer == {**mine, "checkpoint": f"{tmp_path}/mine.ckpt", "cache": None, "views": None}
+    """Of a tokenizer of one's own, whose yaml has to be named: no class is taken from a checkpoint."""
+    own = {
+        "_target_": "mine.Bits",
+        "name": "bits",
+        "image_size": 112,
+        "bits": 8,
+        "net": {"_target_": "mine.Net"},
+    }
+    places = {"checkpoint": None, "cache": None, "views": None}
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "bits.yaml").write_text(yaml.safe_dump({**own, **places}))
+    config = plain(compose(["stage=tokenizer"])) | {
+        "tokenizer": {**own, "bits": 13, "checkpoint": "elsewhere"}
+    }
+    about = record.make_record(config, {}, {})
+    files.write(tmp_path / "mine.ckpt", {"beit_pretrain": about, "state_dict": {}})
+    command = ["stage=pretrain", f"tokenizer.checkpoint={tmp_path}/mine.ckpt"]
+    cfg = compose([*command, f"hydra.searchpath=[file://{tmp_path}]", "tokenizer=bits"])
+    assert cfg.tokenizer == {**own, **places, "bits": 13, "checkpoint": f"{tmp_path}/mine.ckpt"}
+    with refused(
+        "tokenizer.checkpoint was made with tokenizer._target_=mine.Bits, which tokenizer= does not"
+    ):
+        compose(command)
 
 
 def test_agreeing_with_the_checkpoint_is_fine(tokenizer: Path, pretrained: Path) -> None:

@@ -78,6 +78,7 @@ def _record_faults(about: Any, state: Mapping[str, Any]) -> Iterator[str]:
         yield from _config_faults(config)
         yield from _preprocessing_faults(about["preprocessing"], "preprocessing")
         yield from _encoder_faults(config, state)
+        yield from _head_faults(config, state)
 
 
 def _not_plain(about: Any) -> Iterator[str]:
@@ -126,8 +127,9 @@ def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
     if stage.get("name") != "tokenizer" and "model" not in groups:
         yield "config.model is missing"
     yield from _size_faults(config.get("image_size"), "config.image_size")
-    if not isinstance(normalize := data.get("normalize"), Mapping):
-        yield "config.data.normalize is missing"
+    normalize = data.get("normalize")
+    if not isinstance(normalize, Mapping) or not {"mean", "std"} <= normalize.keys():
+        yield "config.data.normalize has no mean and std"
     else:
         yield from _preprocessing_faults(normalize, "config.data.normalize")
     for group in ("model", "tokenizer"):
@@ -157,9 +159,7 @@ def _size_faults(size: Any, key: str) -> Iterator[str]:
 def _preprocessing_faults(node: Mapping[str, Any], key: str) -> Iterator[str]:
     for name in ("mean", "std"):
         values = node.get(name)
-        if name not in node:
-            yield f"{key}.{name} is missing"
-        elif values is not None and not (
+        if values is not None and not (
             isinstance(values, list | tuple) and len(values) == 3 and all(map(_is_number, values))
         ):
             yield f"{key}.{name}={values} is not three numbers, for red, green and blue"
@@ -199,6 +199,15 @@ def _encoder_faults(config: Mapping[str, Any], state: Mapping[str, Any]) -> Iter
         for name, said, held in _held(model, int(model["width"] * ratio), (rows, columns), own):
             if said != held:
                 yield f"{name} is {said} in its configuration, and its weights have {held}"
+
+
+def _head_faults(config: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[str]:
+    """A segmentation's channels, which its scoring builds anew; all else of heads is built from the weights' shapes."""
+    weight = state.get("head.decode_head.bottleneck.conv.weight")
+    if config["stage"]["name"] == "segment" and weight is not None:
+        channels, shape = config["stage"].get("channels"), tuple(weight.shape)
+        if shape[:1] != (channels,) or shape[1:2] < (4 * channels,):
+            yield f"config.stage.channels={channels}, and its weights have {' x '.join(map(str, shape))}"
 
 
 def _held(

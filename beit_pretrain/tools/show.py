@@ -249,7 +249,9 @@ def _pixels(about: Mapping[str, Any]) -> Iterator[Row]:
     """How images were scaled, cut and normalised."""
     made, stage = about["preprocessing"], about["config"]["stage"]
     crop = stage.get("eval_views", {}).get("crop_pct")
-    colours = [f"{name} {'unknown' if made[name] is None else typed(made[name])}" for name in ("mean", "std")]
+    colours = [
+        f"{name} {'unknown' if made.get(name) is None else typed(made[name])}" for name in ("mean", "std")
+    ]
     yield "pixels", ", ".join([*colours, *([f"crop_pct {crop}"] if crop else [])])
     if "resize" in made:
         yield "resize", made["resize"]

@@ -26,10 +26,11 @@ GRACE = 30  # seconds after which the journal's lock of a worker that was killed
 
 
 class Claimed(NamedTuple):
-    """A trial in one worker's hands, and the epochs whose evaluation Optuna knows already."""
+    """A trial in one worker's hands, its options, and the epochs whose evaluation Optuna knows already."""
 
     trial: optuna.Trial
     claim: RunFolder
+    options: dict[str, Any]
     reported: set[int]
 
 
@@ -119,11 +120,18 @@ class Search:
         # With the trial's number in the seed, workers draw differently, and one that was ended draws the same again.
         self.study.sampler = self._sampler(number)
         trial = optuna.Trial(self.study, now._trial_id)
+        drawn = {}
         for key, how in self.settings["parameters"].items():
-            _suggest(trial, key, how)  # what was drawn before stays
+            drawn[key] = _suggest(trial, key, how)  # what was drawn before stays
+            if not _within(drawn[key], how):
+                claim.__exit__()
+                raise ConfigError(
+                    f"{self.folder / 'study.journal'} has {key}={drawn[key]} for {trial_name(number)}, which "
+                    f"sweep.parameters.{key} does not allow: give this search another name="
+                )
         if "run" not in now.user_attrs:  # for Optuna's dashboard
             trial.set_user_attr("run", str(self.folder / trial_name(number)))
-        return Claimed(trial, claim, set(now.intermediate_values))
+        return Claimed(trial, claim, drawn, set(now.intermediate_values))
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         how = self.settings["sampler"]
@@ -151,15 +159,20 @@ def _enter(folder: RunFolder) -> bool:
     return True
 
 
-def _suggest(trial: optuna.Trial, key: str, how: dict[str, Any]) -> None:
+def _within(value: Any, how: dict[str, Any]) -> bool:
+    """Whether a value is one that the search may draw: those of a journal become options of a command."""
     if "choices" in how:
-        trial.suggest_categorical(key, [show(choice) for choice in how["choices"]])
-        return
+        return value in [show(choice) for choice in how["choices"]]
+    return isinstance(value, int | float) and how["low"] <= value <= how["high"]
+
+
+def _suggest(trial: optuna.Trial, key: str, how: dict[str, Any]) -> Any:
+    if "choices" in how:
+        return trial.suggest_categorical(key, [show(choice) for choice in how["choices"]])
     low, high, step, log = how["low"], how["high"], how.get("step"), how.get("log", False)
     if isinstance(low, int) and isinstance(high, int) and isinstance(step or 1, int):
-        trial.suggest_int(key, low, high, step=step or 1, log=log)
-    else:
-        trial.suggest_float(key, low, high, step=step, log=log)
+        return trial.suggest_int(key, low, high, step=step or 1, log=log)
+    return trial.suggest_float(key, low, high, step=step, log=log)
 
 
 class _Lock(JournalFileOpenLock):

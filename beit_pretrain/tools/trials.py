@@ -42,7 +42,7 @@ class _Running:
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.trial, self.claim, self.reported = self.claimed
+        self.trial, self.claim, self.options, self.reported = self.claimed
         self.name = trial_name(self.trial.number)
 
 
@@ -130,7 +130,7 @@ class Trials:
 
     def _start(self, one: _Running, gpus: str | None, mark: IO[str]) -> None:
         """Start a trial's process, which keeps `mark` locked for as long as it lives, with or without this worker."""
-        values = [option(key, value) for key, value in one.trial.params.items()]
+        values = [option(key, value) for key, value in one.options.items()]
         print(f"{one.name}: {' '.join(values)}", flush=True)
         command = [sys.executable, "-m", "beit_pretrain", *self.overrides, *values]
         command += [f"name={self.search.settings['name']}/{one.name}", "trainer.requeue=false"]

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -189,6 +191,34 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path, zipped: 
     assert not witness.exists()
     torch.load(path, weights_only=False)
     assert witness.exists(), "the payload is not one, so its absence above proved nothing"
+
+
+def test_a_file_takes_no_more_memory_than_its_size_lets_one_expect(tmp_path: Path) -> None:
+    """Compressed entries, one number that stands for many, one tensor under many names, a list of lists of lists."""
+    torch.save({"weight": torch.zeros(1000)}, tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "zip.pt", "w") as packed:
+        for entry in whole.infolist():
+            content = whole.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                content = b"0" * 10_000_000
+            packed.writestr(entry.filename, content, zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match="compressed entries"):
+        files.read(tmp_path / "zip.pt")
+    shared = torch.zeros(1000)
+    nested: list[Any] = []
+    for _ in range(20):
+        nested = [nested] * 1000
+    for content in (
+        {"weight": torch.zeros(1).expand(10**9)},
+        {"model": {"state": torch.zeros(1).expand(10**6, 10**3)}},
+        {f"w{i}": shared for i in range(100_000)},
+        {"list": nested},
+    ):
+        torch.save(content, tmp_path / "weights.pt")
+        with pytest.raises(CheckpointError, match="larger than the file"):
+            files.read(tmp_path / "weights.pt")
+    torch.save({f"w{i}": shared for i in range(3)}, tmp_path / "tied.pt")
+    assert len(files.read(tmp_path / "tied.pt")) == 3
 
 
 def test_a_tensor_alone_is_not_a_dictionary_of_weights(tmp_path: Path) -> None:

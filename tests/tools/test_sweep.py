@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from running import SMALL_TOKENIZER
 
@@ -291,6 +292,40 @@ def test_a_journal_with_half_a_line_is_mended(work: Path) -> None:
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------
+
+
+def test_a_journal_sets_no_options_but_those_of_the_search(work: Path) -> None:
+    """A trial that was left is taken up with what the journal holds, which becomes options of a command."""
+    settings = {"sampler": {"name": "random", "seed": 0}, "pruner": None, "direction": "min", "name": "s"}
+    settings |= {
+        "trials": 1,
+        "epochs": 1,
+        "parameters": {"a": {"low": 0.0, "high": 1.0}, "b": {"choices": [1, 2]}},
+    }
+    range_, other = (
+        optuna.distributions.FloatDistribution(0.0, 1.0),
+        optuna.distributions.FloatDistribution(0, 1e9),
+    )
+    choice = optuna.distributions.CategoricalDistribution
+    for number, (params, says) in enumerate(
+        [
+            ({"a": (0.5, range_), "b": ("2", choice(("1", "2"))), "+callbacks.x": (1.0, other)}, ""),
+            ({"a": (1e8, other)}, "a=100000000.0 for trial-0000, which sweep.parameters.a does not allow"),
+            ({"a": ("{_target_:x.Y}", choice(("{_target_:x.Y}",)))}, "parameters.a does not allow"),
+        ]
+    ):
+        (work / str(number)).mkdir()
+        search = Search(work / str(number), settings)
+        values = {key: value for key, (value, _) in params.items()}
+        kinds = {key: kind for key, (_, kind) in params.items()}
+        state = optuna.trial.TrialState.RUNNING
+        search.study.add_trial(optuna.trial.create_trial(state=state, params=values, distributions=kinds))
+        if says:
+            with pytest.raises(ConfigError, match=says):
+                search.next()
+        else:
+            claimed = search.next()
+            assert claimed is not None and claimed.options == {"a": 0.5, "b": "2"}
 
 
 def test_a_mistake_that_a_trial_reports_stops_the_search(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
