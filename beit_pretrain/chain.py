@@ -29,7 +29,7 @@ from beit_pretrain.compose import (
 from beit_pretrain.devices import job_faults
 from beit_pretrain.errors import BeitError, ConfigError
 from beit_pretrain.report import make_chain_report
-from beit_pretrain.run_files import RESULTS, holds_run, read_json
+from beit_pretrain.run_files import RESULTS, holds_run, holds_several, read_json
 
 STARTS = ("tokenizer.checkpoint", "init_from")  # options by which a link starts from another
 RESOURCES = "chain.resources."  # chain.resources.LINK.key=value: of one link's job
@@ -60,7 +60,7 @@ def run_chain(overrides: Sequence[str]) -> None:
     if for_jobs and submit is None:
         raise ConfigError(f"{for_jobs[0]} is for jobs: set chain.submit=slurm too, or leave it out")
     folder = Path(cfg.runs) / cfg.name
-    if holds_run(folder):
+    if holds_run(folder) and not holds_several(folder):
         raise ConfigError(f"{folder} holds a run, not a chain: give this chain another name=")
     links = link_overrides(cfg, general, by_link, folder)
     for arguments in links.values():

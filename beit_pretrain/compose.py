@@ -129,7 +129,7 @@ def complete(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         except OmegaConfBaseException as error:
             raise ConfigError(_explain(error, overrides)) from error
         cfg.name = f"{name}-debug" if cfg.debug and name is not None else name
-        if cfg.name is not None and (fault := name_fault(cfg.name)):
+        if name is not None and (fault := name_fault(name) or name_fault(cfg.name)):
             raise ConfigError(fault)
         if cfg.debug and cfg.stage is not None and "epochs" in cfg.stage:
             cfg.stage.epochs = 1

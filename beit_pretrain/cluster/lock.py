@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from beit_pretrain.errors import BeitError, LockLost
 
 HEARTBEAT = 15.0  # seconds between touches of a lock
-WATCH = 40.0  # seconds without one, as seen by this machine, after which another machine's lock is taken over
+WATCH = 60.0  # seconds without one, as seen by this machine, after which another machine's lock is taken over
 LOOK = 1.0  # seconds between two looks at a lock that is watched
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +92,30 @@ class Fail(Callback):
     ) -> None:
         if trainer.global_rank == self.rank and trainer.global_step == self.step:
             raise RuntimeError(f"rank {self.rank} has had enough")
+
+
+class LoseFolder(Callback):
+    """Another machine takes the run's folder over, or somebody removes it; what is in it then is written beside it."""
+
+    def __init__(self, run_dir: str, how: str, step: int) -> None:
+        self.run_dir = Path(run_dir)
+        self.how = how
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if trainer.global_step != self.step:
+            return
+        if self.how == "removed":
+            shutil.rmtree(self.run_dir)
+            return
+        (self.run_dir / ".lock").write_text(json.dumps({"host": "node8", "pid": 5, "started": "1"}))
+        (self.run_dir / "metrics.csv").write_text("step,epoch\n1,0.1\n")
+        then = {
+            str(path.relative_to(self.run_dir)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in self.run_dir.rglob("*")
+            if path.is_file() and path.name != ".lock"
+        }
+        (self.run_dir.parent / "then.json").write_text(json.dumps(then))
 
 
 @contextmanager
