@@ -151,7 +151,7 @@ def _pictures() -> dict[str, tuple[Image.Image, np.ndarray]]:
 LOSSLESS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "BMP": ({}, ("1", "L", "P", "RGB")),
     "GIF": ({}, ("L", "P")),
-    "PPM": ({}, ("1", "L", "RGB", "I;16")),
+    "PPM": ({}, ("1", "L", "RGB")),
     "TIFF": ({}, ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16")),
     "TIFF deflate": ({"compression": "tiff_adobe_deflate"}, ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
     "WEBP": ({"lossless": True, "exact": True}, ("RGB", "RGBA")),
@@ -207,6 +207,9 @@ def _other_cases() -> Iterator[Case]:
         levels = np.rint(values * 255 / ((1 << bits) - 1)).astype(np.uint8)
         expected = (255 - levels if white else levels)[..., None].repeat(3, -1)
         yield Case(f"TIFF grey {bits} {white}", _tiff(values, bits, 0 if white else 1), expected)
+    deep = _samples(1, 16)
+    graymap = f"P5\n{WIDTH} {HEIGHT}\n65535\n".encode() + deep.astype(">u2").tobytes()
+    yield Case("PGM of 16 bits", graymap, ((deep + 128) // 257).astype(np.uint8).repeat(3, -1))
     several = [Image.fromarray(_samples(3, 8).astype(np.uint8)) for _ in range(2)]
     several[1] = several[1].transpose(Image.Transpose.ROTATE_180)
     for kind in ("PNG", "GIF", "WEBP", "TIFF"):
