@@ -25,7 +25,7 @@ HELP = """\
 beit-train: BEiT pre-training from one command.
 
   beit-train                                    the quickstart on the embedded digits (chain=quickstart)
-  beit-train stage=tokenizer data=folder data.root=/images name=tok
+  beit-train stage=tokenizer data=folder data.root=/images name=tok batch_size=512
   beit-train stage=pretrain  data=folder data.root=/images model=tiny tokenizer.checkpoint=runs/tok
   beit-train stage=knn init_from=runs/pretrain-folder-tiny data=folder data.root=/labelled
 

@@ -157,6 +157,8 @@ def _train(
     if cfg.mode == "fit":
         with signals.held() if signals else nullcontext():
             try:
+                for logger in trainer.loggers:
+                    logger.log_hyperparams(config)
                 trainer.fit(stage, datamodule=data, ckpt_path=resume)
             except SystemExit:  # what Lightning makes of Ctrl-C
                 raise KeyboardInterrupt from None

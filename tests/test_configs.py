@@ -16,6 +16,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from beit_pretrain.chain import link_overrides
+from beit_pretrain.cli import HELP
 from beit_pretrain.compose import choices, compose, config_dir
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -94,6 +95,25 @@ def test_a_name_is_that_of_its_file(path: Path) -> None:
     name = yaml.safe_load(path.read_text()).get("name")
     job = "beit-train" if "hydra" in relative(path) else None  # what squeue shows
     assert name in (None, path.stem, "${.dataset}", job)
+
+
+def test_the_commands_of_the_pages_have_the_rate_of_their_batch() -> None:
+    """There is no hidden scaling, so a command with another batch than its stage's rate is for names another rate."""
+    pages = [(CONFIGS.parent / page).read_text() for page in ("README.md", "docs/training.md")]
+    text = "\n".join([HELP, *pages]).replace("\\\n", " ")
+    seen = set()
+    for line in re.findall(r"beit-train (stage=(?:tokenizer|pretrain|classify|segment) [^`\n#]*)", text):
+        options = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        if options.keys() & {"experiment", "dry_run", "debug", "mode"} or "..." in line:
+            continue
+        seen.add(options["stage"])
+        stage = (CONFIGS / "stage" / f"{options['stage']}.yaml").read_text()
+        found = re.search(r"^  lr: (\S+) #.* for a global batch of (\d+)", stage, re.MULTILINE)
+        assert found
+        rate = float(options.get("stage.optim.lr", found[1]))
+        batch = int(options.get("batch_size", compose([]).batch_size))
+        assert rate / batch == pytest.approx(float(found[1]) / int(found[2]), rel=0.01), line
+    assert seen == {"tokenizer", "pretrain", "classify", "segment"}
 
 
 def unexplained(text: str) -> Iterator[tuple[str, int]]:

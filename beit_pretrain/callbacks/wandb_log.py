@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shlex
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from beit_pretrain.callbacks.without_secrets import without_secrets
 from beit_pretrain.errors import ConfigError
 
 ID_FILE = "wandb_id"
@@ -81,6 +83,11 @@ class WandbLog(WandbLogger):
         return run
 
     @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Keep the configuration, which runs are filtered, grouped and compared by, without secrets."""
+        super().log_hyperparams(without_secrets(params))
+
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers of a step that W&B does not have yet; of its last one it may have a part."""
         _ = self.experiment  # begun here at the latest, it says how far W&B got
@@ -88,9 +95,8 @@ class WandbLog(WandbLogger):
             super().log_metrics(metrics, step)
 
     def _go_offline(self, why: str) -> None:
-        rank_zero_warn(
-            f"{why}: the run is logged offline to {self.save_dir}/wandb; upload it with `wandb sync --append`"
-        )
+        parts = f"{shlex.quote(str(self.save_dir))}/wandb/offline-run-*"
+        rank_zero_warn(f"{why}: the run is logged offline; upload it later with `wandb sync {parts}`")
         # `resume` means nothing offline, and W&B would warn of that; the id alone joins the parts.
         self._wandb_init |= {"mode": "offline", "resume": None}
 

@@ -96,6 +96,8 @@ class Search:
         trial = optuna.Trial(self.study, now._trial_id)
         for key, how in self.settings["parameters"].items():
             _suggest(trial, key, how)  # what was drawn before stays
+        if "run" not in now.user_attrs:  # for Optuna's dashboard
+            trial.set_user_attr("run", str(self.folder / trial_name(number)))
         return Claimed(trial, claim, set(now.intermediate_values))
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:

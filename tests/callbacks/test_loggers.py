@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -11,12 +12,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from callbacks.fake_wandb import FakeWandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 
 from beit_pretrain.callbacks import wandb_log
 from beit_pretrain.callbacks.tensorboard_log import TensorBoardLog
 from beit_pretrain.callbacks.wandb_log import WandbLog
+from beit_pretrain.callbacks.without_secrets import without_secrets
 from beit_pretrain.errors import ConfigError
 
 
@@ -34,6 +38,50 @@ def test_tensorboard_takes_back_what_came_after_the_checkpoint(tmp_path: Path) -
     ]
 
 
+CONFIG = {
+    "stage": {"optim": {"lr": 1.5e-3, "betas": [0.9, 0.98], "clip": None}, "views": {"mask_token": True}},
+    "data": {
+        "root": "s3://me:hunter2@host/photos?X-Signature=abc#part",
+        "val": ["pipe:curl -H 'Authorization: xyz' https://host/a.tar", "val.tar"],
+        "source": {"api_key": "hunter2", "timeout": 600},
+    },
+}
+SHOWN = {
+    "stage": CONFIG["stage"],
+    "data": {
+        "root": "s3://host/photos?...",
+        "val": ["pipe:...", "val.tar"],
+        "source": {"api_key": "...", "timeout": 600},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["runs/tok", "hf:owner/name@main", "/a b/@x?.png", "https://host/train-{000..146}.tar", 0.5, None, True],
+)
+def test_what_is_no_secret_is_shown_as_it_is(value: Any) -> None:
+    config = {"init_from": value, "roots": [value], "keys": value, "tokens": value, "token_image_size": value}
+    assert without_secrets(config) == config
+
+
+def test_tensorboard_has_the_options_of_a_run_and_keeps_them_up_to_date(tmp_path: Path) -> None:
+    for resume_step, lr in ((None, 1.5e-3), (10, 2e-3)):
+        config = {**CONFIG, "stage": {"optim": {"lr": lr, "betas": [0.9, 0.98], "clip": None}}}
+        log = TensorBoardLog(tmp_path, resume_step)
+        log.log_hyperparams(config)
+        log.log_metrics({"val/loss": lr}, resume_step or 10)
+        log.finalize("success")
+        kept = yaml.safe_load((tmp_path / "tensorboard" / "hparams.yaml").read_text())
+        assert kept == {**SHOWN, "stage": config["stage"]}
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (content,) = events.PluginTagToContent("hparams").items()
+    options = parse_session_start_info_plugin_data(content[1]).hparams
+    assert options["stage.optim.lr"].number_value == 1.5e-3 and options["data.root"].string_value
+    assert options["stage.optim.betas"].string_value == "[0.9, 0.98]" and "stage.optim.clip" not in options
+    assert not any("hunter2" in path.read_bytes().decode("latin1") for path in tmp_path.rglob("*.*"))
+
+
 def test_wandb_keeps_one_id_per_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setattr(wandb_log, "_logged_in", lambda: True)
@@ -49,9 +97,33 @@ def test_without_credentials_wandb_goes_offline_with_one_warning(
 ) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setattr(wandb_log, "_logged_in", lambda: False)
-    with pytest.warns(UserWarning, match=r"no W&B credentials.*logged offline to .*wandb sync") as caught:
+    with pytest.warns(
+        UserWarning, match=r"no W&B credentials.*logged offline; upload it later with `wandb sync "
+    ) as caught:
         log = WandbLog(tmp_path, "p")
     assert len(caught) == 1 and log._wandb_init["mode"] == "offline"
+    _, *arguments = upload(str(caught[0].message))
+    assert arguments == ["sync", f"{tmp_path}/wandb/offline-run-*"]
+    from wandb.cli.cli import cli
+
+    assert "paths" in {parameter.name for parameter in cli.commands["sync"].params}
+
+
+def upload(warning: str) -> list[str]:
+    """The command that a warning names."""
+    return shlex.split(warning.split("`")[-2])
+
+
+def test_wandb_gets_the_configuration_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    config = SimpleNamespace(update=lambda *given, **how: kept.append((*given, how)))
+    monkeypatch.setattr(wandb, "init", lambda **how: SimpleNamespace(id=how["id"], config=config))
+    monkeypatch.setattr(wandb_log, "_logged_in", lambda: True)
+    WandbLog(tmp_path, "p").log_hyperparams(CONFIG)
+    assert kept == [(SHOWN, {"allow_val_change": True})]  # of a run that goes on with other workers, say
 
 
 def test_when_wandb_cannot_be_reached_the_run_goes_on_offline(
@@ -94,6 +166,7 @@ for start in (0, 10):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         log = WandbLog(sys.argv[1], "toy")
+        log.log_hyperparams({"stage": {"optim": {"lr": 1.5e-3}}, "data": {"workers": start}})
         log.log_metrics({"train/loss": 1.0}, start + 5)
         log.log_image("pictures", [Image.new("RGB", (8, 8))], start + 5)
         wandb.finish()
@@ -120,7 +193,10 @@ def test_a_real_offline_run_asks_nothing_and_keeps_its_id(tmp_path: Path) -> Non
     assert "WARNING" not in done.stderr
     run_id = (tmp_path / "run" / "wandb_id").read_text().strip()
     runs = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
-    assert runs and all(run.name.endswith(run_id) for run in runs)
+    assert len(runs) == 2 and all(run.name.endswith(run_id) for run in runs)
+    for run in runs:
+        (record,) = run.glob("*.wandb")
+        assert b'{"optim":{"lr":0.0015}}' in record.read_bytes().replace(b" ", b"")
 
 
 # --- with a server ------------------------------------------------------------------------------------------

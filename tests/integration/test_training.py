@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from running import SMALL_PRETRAIN, assert_equal, train, train_here
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from beit_pretrain.compose import compose
@@ -63,6 +65,19 @@ def metrics(folder: Path, column: str) -> list[float]:
 
 def weights(folder: Path) -> dict[str, Tensor]:
     return checkpoint(folder)["state_dict"]
+
+
+def test_the_loggers_have_the_configuration_also_when_the_run_goes_on(tokenizer_run: Path) -> None:
+    base = [option for option in (*FAST, *LEAN) if not option.startswith(("logger=", "stage.epochs="))]
+    for epochs in (1, 2):
+        options = ["logger=default", "data.train_limit=64", f"stage.epochs={epochs}"]
+        folder = go(tokenizer_run, "told", *options, base=base)
+        kept = yaml.safe_load((folder / "tensorboard" / "hparams.yaml").read_text())
+        assert kept["stage"]["epochs"] == epochs
+        assert kept == yaml.safe_load((folder / "config.yaml").read_text())
+    steps = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert "_hparams_/session_start_info" in steps.PluginTagToContent("hparams")
+    assert [point.step for point in steps.Scalars("val/loss")] == [1, 2]
 
 
 def test_accumulation_averages_over_hidden_patches_and_not_over_batches(tokenizer_run: Path) -> None:

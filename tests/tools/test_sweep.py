@@ -132,6 +132,8 @@ def test_a_search_finds_the_best_of_its_trials_and_prints_a_command_for_it(
         for t in study(work)
     }
     assert {t.number: t.value for t in study(work)} == pytest.approx(values)
+    folders = [Path(trial.user_attrs["run"]) for trial in study(work)]
+    assert folders == [work / "runs" / "s" / f"trial-000{i}" for i in range(5)]
     best = study(work)[min(values, key=lambda number: values[number])]
     command = shlex.split(printed.splitlines()[-1].removeprefix("best: "))
     cfg = compose(command[1:])
@@ -274,7 +276,7 @@ def test_a_killed_trial_goes_on_and_one_that_always_dies_fails(
     executable(work / "bin" / "stub", "kill -9 $$")
     sweep("sweep.trials=3")
     assert states(work) == ["COMPLETE", "COMPLETE", "FAIL"]
-    assert study(work)[2].user_attrs == {"deaths": trials.LIVES + 1}
+    assert study(work)[2].user_attrs["deaths"] == trials.LIVES + 1
 
 
 def test_a_journal_with_half_a_line_is_mended(work: Path) -> None:
