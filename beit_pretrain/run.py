@@ -201,6 +201,8 @@ def _train(
         _tell([warmup_remark(cfg, stage, data)])
         with signals.held() if signals else nullcontext():
             try:
+                for logger in trainer.loggers:
+                    logger.log_hyperparams(config)
                 trainer.fit(stage, datamodule=data, ckpt_path=resume)
             except SystemExit:  # what Lightning makes of Ctrl-C
                 raise KeyboardInterrupt from None

@@ -277,7 +277,7 @@ def test_a_killed_trial_goes_on_and_one_that_always_dies_fails(
     executable(work / "bin" / "stub", "kill -9 $$")
     sweep("sweep.trials=3")
     assert states(work) == ["COMPLETE", "COMPLETE", "FAIL"]
-    assert study(work)[2].user_attrs == {"deaths": trials.LIVES + 1}
+    assert study(work)[2].user_attrs["deaths"] == trials.LIVES + 1
 
 
 def test_a_journal_with_half_a_line_is_mended(work: Path) -> None:
