@@ -8,7 +8,9 @@ from typing import Any
 HIDDEN = "..."  # in the place of what is left out
 _USER = re.compile(r"(?<=://)[^/?#\s]*@")  # name:password@ in front of a host
 _QUERY = re.compile(r"(://[^?#\s]*)[?#]\S*")  # where signed addresses have their signature
-_NAMES = re.compile(r"(^|_)(password|secret|token|credentials?|(api|access|secret)_key)$")  # of options
+_NAMES = re.compile(
+    r"(^|_)(passw(or)?d|secret|token|credentials?|authorization|(api|access|secret)_key)$"
+)  # of options
 
 
 def without_secrets(value: Any, name: str = "") -> Any:

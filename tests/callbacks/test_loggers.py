@@ -43,7 +43,7 @@ CONFIG = {
     "data": {
         "root": "s3://me:hunter2@host/photos?X-Signature=abc#part",
         "val": ["pipe:curl -H 'Authorization: xyz' https://host/a.tar", "val.tar"],
-        "source": {"api_key": "hunter2", "timeout": 600},
+        "source": {"aws_secret_access_key": "hunter2", "Authorization": "hunter2", "timeout": 600},
     },
 }
 SHOWN = {
@@ -51,7 +51,7 @@ SHOWN = {
     "data": {
         "root": "s3://host/photos?...",
         "val": ["pipe:...", "val.tar"],
-        "source": {"api_key": "...", "timeout": 600},
+        "source": {"aws_secret_access_key": "...", "Authorization": "...", "timeout": 600},
     },
 }
 
