@@ -229,7 +229,9 @@ def _fault(path: Path) -> str:
         saved = files.read(path)
     except CheckpointError as error:
         return str(error)
-    spoilt = not_finite({**saved.get("state_dict", {}), **moments(saved.get("optimizer_states", ()))})
+    if not {"state_dict", "optimizer_states"} <= saved.keys():
+        return f"{path}: is not the checkpoint of a run"
+    spoilt = not_finite({**saved["state_dict"], **moments(saved["optimizer_states"])})
     return f"{path}: {counted(spoilt)}" if spoilt else ""
 
 

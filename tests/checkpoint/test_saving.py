@@ -154,11 +154,26 @@ def test_what_is_not_finite_ends_the_run_and_is_not_written(tmp_path: Path, wher
     ):
         saver.save(spoilt)
     assert written(tmp_path) == []
-    files.write(tmp_path / "step-00000005.ckpt", {"state_dict": {}})
+    keep(tmp_path, 5)
     with pytest.raises(
         TrainingError, match=r"The last good checkpoint is .*step-00000005\.ckpt; try a lower"
     ):
         saver.save(spoilt)
+
+
+def test_ranks_agree_on_what_is_spoilt(tmp_path: Path) -> None:
+    asked: list[bool] = []
+
+    def one_of_them(mine: bool, all: bool) -> bool:
+        asked.append(mine)
+        assert not all
+        return True
+
+    two = trainer(7, None)
+    two.world_size, two.strategy = 2, SimpleNamespace(reduce_boolean_decision=one_of_them)
+    with pytest.raises(TrainingError, match=r"step 7: .*on another rank"):
+        SaveCheckpoints(folder=tmp_path).save(two)
+    assert asked == [False] and written(tmp_path) == []
 
 
 # --- going on -----------------------------------------------------------------------------------------------
@@ -189,7 +204,7 @@ def test_a_run_goes_on_from_the_newest_and_without_any_from_the_start(tmp_path: 
     assert written(tmp_path) == ["step-100000000.ckpt", "step-99999999.ckpt", "step-foo.ckpt"]
 
 
-@pytest.mark.parametrize("fault", ["flipped", "cut", "empty", "nan", "moments"])
+@pytest.mark.parametrize("fault", ["flipped", "cut", "empty", "nan", "moments", "other"])
 def test_one_that_is_not_good_is_passed_over_in_one_line(
     tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,11 +219,13 @@ def test_one_that_is_not_good_is_passed_over_in_one_line(
         flip(bad, bad.read_bytes().index(b"\0\0\x80\x3f" * 9))
     if fault in ("cut", "empty"):
         bad.write_bytes(bad.read_bytes()[: 500 if fault == "cut" else 0])
+    if fault == "other":
+        files.write(bad, {"weight": torch.ones(3)})
     (tmp_path / "best.ckpt").hardlink_to(bad)
     (tmp_path / "last.ckpt").symlink_to(bad.name)
     assert go_on_from(tmp_path, main=False) == good and capsys.readouterr().out == ""
     assert go_on_from(tmp_path, main=True) == good
-    says = {"flipped": "data/0 is not", "cut": "truncated", "empty": "is empty"}
+    says = {"flipped": "data/0 is not", "cut": "truncated", "empty": "is empty", "other": "is not the"}
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and f"{says.get(fault, 'NaN or infinity in 1 tensor')}" in said
     assert said.startswith(str(bad)) and "goes on from step-00000010.ckpt" in said
