@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 from fake_slurm import FakeSlurm
+from running import hearing_ctrl_c
 
 from beit_pretrain import chain as chains
 from beit_pretrain import cli
@@ -293,3 +298,18 @@ def test_a_chain_is_not_swept_over(overrides: list[str], tmp_path: Path) -> None
 def test_a_launcher_of_ones_own_is_found_by_its_folder(chain: Chain) -> None:
     node = launcher_node([chain.search, "hydra/launcher=mine", "hydra.launcher.nodes=5"])
     assert (node.partition, node.nodes, node.cpus_per_task) == ("own", 5, launcher_node([]).cpus_per_task)
+
+
+def test_ctrl_c_to_the_chain_alone_is_handed_on_to_its_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path / "link"
+    link.write_text("#!/bin/sh\nexec sleep 60\n")
+    link.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(link))
+    monkeypatch.setattr(chains, "TOLD", 0.2)
+    began = time.monotonic()
+    with hearing_ctrl_c(), pytest.raises(KeyboardInterrupt):
+        threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+        chains.run_link([])
+    assert time.monotonic() - began < 20

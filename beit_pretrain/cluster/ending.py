@@ -116,7 +116,7 @@ def kill(workers: Iterable[BaseProcess]) -> None:
 
 def end_pool(pool: ProcessPoolExecutor) -> None:
     """Shut a pool down. Its processes have some seconds to give up what they do; storage may hang for longer."""
-    processes = multiprocessing.active_children()
+    processes = list(pool._processes.values())  # and no others: this process may have data workers too
     pool.shutdown(wait=False, cancel_futures=True)
     deadline = time.monotonic() + DYING
     for process in processes:

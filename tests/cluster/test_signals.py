@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -49,6 +50,34 @@ def test_a_handler_that_a_library_has_replaced_is_put_back() -> None:
         signals.install()
         _send(signal.SIGTERM)
         assert signals.received == signal.SIGTERM
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_the_end_waits_for_no_forked_process() -> None:
+    """Data workers have copies of the socket that tells the watch of the end."""
+    with Signals():
+        if (worker := os.fork()) == 0:
+            time.sleep(60)
+            os._exit(0)
+        began = time.monotonic()
+    assert time.monotonic() - began < 2
+    assert os.waitpid(worker, os.WNOHANG) == (0, 0)
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_does_not_end_the_watch_of_its_parent() -> None:
+    heard: queue.Queue[int] = queue.Queue()
+    before = signal.getsignal(signal.SIGUSR1)
+    with Signals() as signals, signals.held():
+        signals.grace, signals.late = 0.05, heard.put
+        if (forked := os.fork()) == 0:
+            signals.__exit__()
+            os._exit(0 if signal.getsignal(signal.SIGUSR1) == before else 1)
+        assert os.waitpid(forked, 0)[1] == 0
+        _send(signal.SIGUSR1)
+        assert heard.get(timeout=10) == signal.SIGUSR1
 
 
 HANGS = """
