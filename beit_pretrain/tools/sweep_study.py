@@ -120,15 +120,15 @@ class Search:
         # With the trial's number in the seed, workers draw differently, and one that was ended draws the same again.
         self.study.sampler = self._sampler(number)
         trial = optuna.Trial(self.study, now._trial_id)
-        drawn = {}
-        for key, how in self.settings["parameters"].items():
-            drawn[key] = _suggest(trial, key, how)  # what was drawn before stays
-            if not _within(drawn[key], how):
+        space = self.settings["parameters"]
+        for key, value in now.params.items():
+            if key in space and not _within(value, space[key]):
                 claim.__exit__()
                 raise ConfigError(
-                    f"{self.folder / 'study.journal'} has {key}={drawn[key]} for {trial_name(number)}, which "
+                    f"{self.folder / 'study.journal'} has {key}={value} for {trial_name(number)}, which "
                     f"sweep.parameters.{key} does not allow: give this search another name="
                 )
+        drawn = {key: _suggest(trial, key, how) for key, how in space.items()}  # what was drawn before stays
         if "run" not in now.user_attrs:  # for Optuna's dashboard
             trial.set_user_attr("run", str(self.folder / trial_name(number)))
         return Claimed(trial, claim, drawn, set(now.intermediate_values))
