@@ -268,7 +268,7 @@ def _known(ours: Mapping[str, Tensor], beside: Beside, given: str) -> tuple[dict
     if changed and origin:
         known["lineage"] = {"trained_elsewhere_from": origin}
         notes.append(
-            "its weights are others than this project wrote: trained elsewhere since; converted from "
+            "its weights are others than this project wrote: trained or changed elsewhere since; converted from "
             f"{origin.get('path')}"
         )
     return {**known, **marked}, notes
@@ -299,11 +299,15 @@ def _marked(mark: Facts, beside: Beside, stage: str, given: str, changed: bool) 
 
 def _timm_facts(config: Facts, given: str) -> dict[str, Any]:
     """What a config.json of timm's says."""
-    cfg = _inner(config, "pretrained_cfg")
-    facts = {name: cfg.get(name) for name in ("mean", "std", "crop_pct") if cfg.get(name) is not None}
-    if size := entry(cfg, "input_size", list, f"{given}: config.json"):
+    cfg, where = _inner(config, "pretrained_cfg"), f"{given}: config.json"
+    stated = {name: processor.three(cfg, name, None, where) for name in ("mean", "std")}
+    stated["crop_pct"] = entry(cfg, "crop_pct", (int, float), where)
+    facts: dict[str, Any] = {name: value for name, value in stated.items() if value is not None}
+    if not 0 < facts.get("crop_pct", 1) <= 1:
+        raise CheckpointError(f"{where}: crop_pct={facts['crop_pct']}: set a share above 0 and at most 1")
+    if size := entry(cfg, "input_size", list, where):
         facts["image_size"] = _whole_numbers(size[1:], 2, "input_size", given)
-    if cfg and (names := cfg.get("label_names") or config.get("label_names")):
+    if cfg and (names := entry(cfg, "label_names", list, where) or entry(config, "label_names", list, where)):
         facts["class_names"] = names
     return facts
 

@@ -212,7 +212,7 @@ def _without_idle(state: dict[str, Tensor], config: Facts) -> dict[str, Tensor]:
     """
     mark = config.get("beit_pretrain")
     count = mark.get("idle_layers") if isinstance(mark, Mapping) else 0
-    for _ in range(count if isinstance(count, int) else 0):
+    for _ in range(min(count, depth_of(state)) if isinstance(count, int) else 0):
         last = f"encoder.blocks.{depth_of(state) - 1}."
         if any(value.any() for name, value in state.items() if name.startswith(last)):
             break

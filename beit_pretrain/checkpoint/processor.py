@@ -29,6 +29,11 @@ class Geometry(NamedTuple):
     size: tuple[int, int] | None  # (height, width) that it is squeezed to, in place of `edge`
     crop: tuple[int, int] | None  # (height, width) of what is cut out of the centre
 
+    @property
+    def resized(self) -> tuple[int, int] | None:
+        """(height, width) of a square picture before the crop."""
+        return self.size if self.edge is None else (self.edge, self.edge)
+
 
 def facts_of(processor: Facts, given: str) -> tuple[dict[str, Any], list[str]]:
     """Mean, std, crop_pct and reduce_zero_label, as far as stated, and a note where the pixels will be others here.
@@ -42,8 +47,7 @@ def facts_of(processor: Facts, given: str) -> tuple[dict[str, Any], list[str]]:
     if "do_reduce_labels" in processor:
         facts["reduce_zero_label"] = bool(processor["do_reduce_labels"])
     geometry = _geometry(processor, where)
-    sides = geometry.size or (geometry.edge, geometry.edge)
-    if sides[0] is not None and sides[1] is not None:
+    if (sides := geometry.resized) is not None:
         crop = geometry.crop or sides
         if crop[0] > sides[0] or crop[1] > sides[1]:
             raise CheckpointError(
@@ -104,13 +108,14 @@ def _colours(processor: Facts, where: str) -> dict[str, Any]:
         colours: dict[str, Any] = {"mean": [0.0] * 3, "std": [1.0] * 3}
     else:
         standard = BEIT_COLOURS if _type(processor).startswith("Beit") else None
-        colours = {name: _three(processor, f"image_{name}", standard, where) for name in ("mean", "std")}
+        colours = {name: three(processor, f"image_{name}", standard, where) for name in ("mean", "std")}
     if colours["std"] is not None and 0 in colours["std"]:
         raise CheckpointError(f"{where}: image_std={colours['std']}: set numbers other than 0")
     return {name: [n / scale for n in value] for name, value in colours.items() if value is not None}
 
 
-def _three(processor: Facts, name: str, standard: float | None, where: str) -> list[float] | None:
+def three(processor: Facts, name: str, standard: float | None, where: str) -> list[float] | None:
+    """A number for each colour; CheckpointError for what is none."""
     value = entry(processor, name, (int, float, list), where)
     value = standard if value is None else value
     if value is None:
@@ -190,5 +195,5 @@ def _type(processor: Facts) -> str:
     return str(processor.get("image_processor_type") or processor.get("feature_extractor_type") or "")
 
 
-def _times(sides: tuple[int | None, int | None]) -> str:
+def _times(sides: tuple[int, int]) -> str:
     return f"{sides[0]} x {sides[1]}"

@@ -126,7 +126,7 @@ def _without_folders(entry: dict[str, Any]) -> dict[str, Any]:
     return {**entry, **named, "parents": above}
 
 
-def _read_again(loaded: Loaded, folder: Path, given: Inputs, left_out: Sequence[str]) -> Comparison:
+def _read_again(loaded: Loaded, folder: Path, given: Inputs, left_out: list[str]) -> Comparison:
     """The written folder as a user of this project reads it: weights bit by bit, pixels and logits."""
     again = load(folder, key="OUT", tell=lambda note: None)  # the notes are of the source, and were told
     check_read_back(loaded.model.state_dict(), again.model.state_dict(), left_out)

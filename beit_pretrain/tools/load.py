@@ -96,7 +96,7 @@ def load(
     heads: int | None = None,
     device: str | torch.device = "cpu",
     key: str = "path",
-    tell: Callable[[str], None] = _warn,
+    tell: Callable[[str], None] | None = None,
 ) -> Loaded:
     """The model of a run folder or a checkpoint, of ours or of any published format (docs/weights.md).
 
@@ -113,7 +113,7 @@ def load(
     about = saved["beit_pretrain"]
     config = about["config"]
     for note in about.get("foreign", {}).get("notes", ()):
-        tell(note)
+        (tell or _warn)(note)
     stage = config["stage"]["name"]
     if stage not in (*STAGES, "encoder"):
         raise CheckpointError(

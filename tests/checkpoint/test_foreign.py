@@ -367,6 +367,8 @@ ODD: dict[str, tuple[str, Any, str]] = {
     "an image of words": ("config.json", {"image_size": "16"}, "image_size=16 is no value"),
     "an image of one side": ("config.json", {"image_size": [16]}, "image_size=.*: 2 whole numbers"),
     "colours of words": ("preprocessor_config.json", {"image_mean": "grey"}, "image_mean=grey is no value"),
+    "timm's colours": ("config.json", {"pretrained_cfg": {"mean": ["a", 0, 0]}}, "mean=.*: set three"),
+    "timm's crop": ("config.json", {"pretrained_cfg": {"crop_pct": 1.5}}, "crop_pct=1.5: set a share"),
     "a timm of numbers": ("config.json", {"pretrained_cfg": {"input_size": 3}}, "input_size=3 is no value"),
 }
 

@@ -251,12 +251,13 @@ def test_what_was_trained_elsewhere_says_so_and_its_own_entries_win(
     picture = Image.open(photograph(tmp_path))
     theirs = AutoImageProcessor.from_pretrained(tuned)(picture, return_tensors="pt").pixel_values[0]
     torch.testing.assert_close(found.preprocess(picture), theirs, atol=1e-5, rtol=0)
-    assert len(notes) == 1 and "trained elsewhere since; converted from pretrain" in notes[0]
+    assert len(notes) == 1 and "trained or changed elsewhere since; converted from pretrain" in notes[0]
     assert list(found.about["lineage"]["parents"]) == ["trained_elsewhere_from"]
     show(str(tuned))
     said = capsys.readouterr().out
     assert (
-        "trained elsewhere since; converted from pretrain" in said and "converted_from pretrain" not in said
+        "trained or changed elsewhere since; converted from pretrain" in said
+        and "converted_from pretrain" not in said
     )
 
 

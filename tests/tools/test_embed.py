@@ -75,7 +75,10 @@ def pooled(tokens: np.ndarray, pooling: str) -> np.ndarray:
 
 def expected(run: Path, paths: list[Path], block: int, pooling: str, **options: Any) -> np.ndarray:
     loaded = load(run, **options)
-    tokens = [loaded.encoder.features(loaded.preprocess(path)[None], [block])[0][0].numpy() for path in paths]
+    tokens = [
+        loaded.encoder.features(loaded.preprocess(path)[None], [block])[0][0].detach().numpy()
+        for path in paths
+    ]
     return np.stack([pooled(one, pooling) for one in tokens])
 
 

@@ -154,7 +154,7 @@ def test_the_table_is_the_models_own_answer_in_the_order_of_the_images(
         tool(run, folder, given[-1], "--out", tmp_path / "new" / "x.csv", "--batch-size", 4, "--top", 3) == 0
     )
     loaded: Any = load(run)
-    logits = np.concatenate([loaded.model(loaded.preprocess(path)[None]).numpy() for path in given])
+    logits = np.concatenate([loaded.model(loaded.preprocess(path)[None]).detach().numpy() for path in given])
     share = np.exp(logits - logits.max(1, keepdims=True))
     share /= share.sum(1, keepdims=True)
     rows = table(tmp_path / "new" / "x.csv")
