@@ -44,9 +44,8 @@ def convert(
     """
     from beit_pretrain.tools.convert import convert as convert_to
 
-    typer.echo(
-        convert_to(source, out.expanduser(), to=to, weights=weights, mean=numbers(mean), std=numbers(std))
-    )
+    said = convert_to(source, out.expanduser(), to=to, weights=weights, mean=numbers(mean), std=numbers(std))
+    _echo(said)
 
 
 def show(source: Model) -> None:
@@ -228,9 +227,12 @@ def export(
     """The model as a graph, checked against itself: beit-tools export runs/finetune model.onnx --to onnx"""
     from beit_pretrain.tools.export import export as write_graph
 
-    typer.echo(
-        write_graph(checkpoint, out.expanduser(), to=to, options=_options(weights, image_size, mean, std))
-    )
+    _echo(write_graph(checkpoint, out.expanduser(), to=to, options=_options(weights, image_size, mean, std)))
+
+
+def _echo(lines: str) -> None:
+    """Print lines with names from a file of others in them."""
+    typer.echo("\n".join(map(printable, lines.split("\n"))))
 
 
 def numbers(text: str | None) -> list[float] | None:
