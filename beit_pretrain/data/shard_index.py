@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import BufferedReader
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -119,7 +120,7 @@ def read_index(folder: Path) -> ShardIndex:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[BinaryIO]:
+def _reading(path: Path) -> Iterator[BufferedReader]:
     try:
         if path.exists() and not path.is_file():  # a pipe would never begin
             raise DataError(f"{path} is no file; {_AGAIN}")
@@ -205,7 +206,7 @@ def load_entries(index: ShardIndex, path: Path, sha256: str) -> None:
         raise DataError(f"{path} is damaged, or not that of its {INDEX_JSON} (SHA-256); {_AGAIN}")
     try:
         entries = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OSError, OverflowError, SyntaxError) as error:
+    except Exception as error:  # its parser raises whatever it met
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {_AGAIN}") from error
     if entries.dtype != INDEX or entries.shape != (index.bounds[-1],):
         raise DataError(f"{path} does not hold the {index.bounds[-1]} entries of its {INDEX_JSON}; {_AGAIN}")

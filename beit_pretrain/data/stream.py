@@ -33,6 +33,7 @@ from beit_pretrain.errors import BeitError, ConfigError, DataError
 BUFFER = 1000  # undecoded samples that each reader mixes; 110 MB of ImageNet's
 
 _LARGEST = 1 << 30  # bytes of an image: a compressed shard can hold more than it has
+_IN_VAIN = 100  # reads behind the end of a stream
 _SHARDS = 0x73747265616D  # salts of the order of shards, and of the samples in a buffer
 _MIXED = 0x6D69786564
 _logger = logging.getLogger(__name__)
@@ -253,11 +254,16 @@ def _mixed(raws: Iterable[_Raw], *salt: int) -> Iterator[_Raw]:
 
 
 class _Pieces(io.RawIOBase):
-    """A stream of pieces as a file to read from front to back."""
+    """A stream of pieces as a file to read from front to back.
+
+    Whoever reads on and on behind its end is stopped: tarfile does so for a member whose header says a size that
+    would take for ever.
+    """
 
     def __init__(self, stream: Iterator[bytes]) -> None:
         self.stream = stream
         self.rest = memoryview(b"")
+        self.in_vain = 0
 
     def readable(self) -> bool:
         return True
@@ -265,6 +271,9 @@ class _Pieces(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         if not self.rest:
             self.rest = memoryview(next(self.stream, b""))
+            self.in_vain += not self.rest
+            if self.in_vain > _IN_VAIN:
+                raise tarfile.ReadError("unexpected end of data")
         size = min(len(buffer), len(self.rest))
         buffer[:size] = self.rest[:size]
         self.rest = self.rest[size:]

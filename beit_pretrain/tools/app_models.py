@@ -46,7 +46,7 @@ def convert(
     """
     from beit_pretrain.tools.convert import convert as convert_to
 
-    typer.echo(
+    _echo(
         convert_to(
             source,
             out.expanduser(),
@@ -244,11 +244,16 @@ def export(
     """The model as a graph, checked against itself: beit-tools export runs/finetune model.onnx --to onnx"""
     from beit_pretrain.tools.export import export as write_graph
 
-    typer.echo(
+    _echo(
         write_graph(
             checkpoint, out.expanduser(), to=to, options=_options(weights, image_size, mean, std, heads)
         )
     )
+
+
+def _echo(lines: str) -> None:
+    """Print lines with names from a file of others in them."""
+    typer.echo("\n".join(map(printable, lines.split("\n"))))
 
 
 def numbers(text: str | None) -> list[float] | None:

@@ -10,6 +10,7 @@ import signal
 import sys
 import tarfile
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -235,12 +236,15 @@ def record(out: Path, name: str, part: Part) -> None:
 
 
 def recorded(out: Path, name: str) -> Part | None:
-    """What is known of a shard, if its file is there in its full size."""
+    """What is known of a shard, if its file is there in its full size; nothing if the record is damaged."""
     path, shard = _record(out, name), out / name
     if not path.exists():
         return None
-    with np.load(path) as content:
-        part = Part(rows=content["rows"], **json.loads(str(content["about"])))
+    try:
+        with path.open("rb") as file, np.load(file) as content:
+            part = Part(rows=content["rows"], **json.loads(str(content["about"])))
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
+        return None
     return part if shard.is_file() and shard.stat().st_size == part.bytes else None
 
 

@@ -26,6 +26,7 @@ from beit_pretrain.data.sources import SceneSource, Source
 from beit_pretrain.data.splits import make_splits
 from beit_pretrain.errors import ConfigError, DataError
 from beit_pretrain.tools.shards_pack import PARTS, Planned, Resize, prepare
+from beit_pretrain.wording import is_whole
 
 PLAN = "plan.json"  # in PARTS: what the shards there are written by
 LOCK = "lock"  # in PARTS: held while somebody writes
@@ -107,7 +108,8 @@ def make_plan(
         mean = sum(shard.bytes for shard in finished.shards) / max(1, len(finished.entries))
         hashed = {shard.name: shard.sha256 for shard in finished.shards}
     elif path.exists():
-        per_shard, mean = (json.loads(path.read_text())[key] for key in ("samples_per_shard", "mean"))
+        begun = _plan(path)
+        per_shard, mean = begun["samples_per_shard"], begun["mean"]
     else:
         mean = _mean_size(source, resize)
         per_shard = asked["samples"] or max(1, round(asked["size_mb"] * 1e6 / mean))
@@ -191,9 +193,12 @@ def settle(out: Path, asked: dict[str, Any], overwrite: bool) -> ShardIndex | No
         index, begun = None, {}
     if begun is not None:
         other = [key for key in asked if begun.get(key) != asked[key]]
+        if index is not None and not is_whole(index.written.get("samples_per_shard"), 1):
+            other.append("samples_per_shard")
         if not other:
             return index
-        fault = f"shards of another plan: {', '.join(_difference(key, begun.get(key), asked[key]) for key in other)}"
+        differences = (_difference(key, begun.get(key), asked.get(key)) for key in other)
+        fault = f"shards of another plan: {', '.join(differences)}"
     else:
         fault = "shards that this command has not begun"
     ours = [entry for entry in out.iterdir() if _OURS.fullmatch(entry.name)]
@@ -207,7 +212,17 @@ def settle(out: Path, asked: dict[str, Any], overwrite: bool) -> ShardIndex | No
 
 def _begun(out: Path) -> dict[str, Any] | None:
     path = out / PARTS / PLAN
-    return json.loads(path.read_text())["asked"] if path.exists() else None
+    return _plan(path)["asked"] if path.exists() else None
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    try:
+        plan = json.loads(path.read_text())
+        if is_whole(plan["samples_per_shard"], 1) and plan["mean"] > 0 and isinstance(plan["asked"], dict):
+            return plan
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise DataError(f"{path} is damaged: give --overwrite to throw away what was begun there")
 
 
 def _difference(key: str, there: Any, asked: Any) -> str:

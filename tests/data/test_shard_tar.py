@@ -42,6 +42,7 @@ HARMFUL = {
     "long name": raw_header(tarfile.GNUTYPE_LONGNAME, 2**40, b"x" * 512),
     "long header": raw_header(tarfile.XHDTYPE, 2**33 - 1, b"x" * 512),
     "negative header": raw_header(tarfile.XHDTYPE, -(2**40), b"x" * 512),
+    "member beyond all bounds": raw_header(tarfile.REGTYPE, 2**80),
     "sparse without end": raw_header(tarfile.GNUTYPE_SPARSE, 5)[:482] + b"\1" + bytes(29),
 }
 

@@ -39,7 +39,7 @@ from beit_pretrain.data.sources import Digits
 from beit_pretrain.errors import BeitError, ConfigError, DataError
 from beit_pretrain.tools import shards_plan
 from beit_pretrain.tools.app import app
-from beit_pretrain.tools.shards_pack import PARTS, SUFFIXES, Planned, pack
+from beit_pretrain.tools.shards_pack import PARTS, SUFFIXES, Planned, pack, recorded
 from beit_pretrain.tools.shards_write import write
 
 IMAGES = 130  # in `folder`: 100 to train on and 30 for validation
@@ -608,8 +608,31 @@ def test_a_plan_that_was_begun_is_not_mixed_with_another(
     assert (out / "train-000000.tar").exists() and not (out / "index.json").exists()
     with pytest.raises(ConfigError, match="another plan: --samples 7, not 8"):
         run(folder, out, samples=8, seed=None)
+    plan = out / PARTS / "plan.json"
+    whole = json.loads(plan.read_text())
+    forged = [whole | {"asked": 5}, whole | {"mean": "x"}, whole | {"samples_per_shard": 0}, {}]
+    for text in ("[", "5", "[" * 100_000, *map(json.dumps, forged)):
+        plan.write_text(text)
+        with pytest.raises(DataError, match=r"^\S+plan\.json is damaged: give --overwrite"):
+            run(folder, out, seed=None)
     assert run(folder, out, samples=8, seed=None, overwrite=True) == 0
     assert len(tars(out)) == 13 + 4
+    index = out / "index.json"
+    content = json.loads(index.read_text())
+    content["written"]["samples_per_shard"] = "8"
+    index.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="another plan: --samples-per-shard 8, not none"):
+        run(folder, out, samples=8, seed=None)
+
+
+def test_a_damaged_record_of_a_shard_is_none(tmp_path: Path) -> None:
+    (tmp_path / PARTS).mkdir()
+    (tmp_path / "a.tar").write_bytes(b"x")
+    about = io.BytesIO()
+    np.savez(about, rows=np.zeros(1), about="[")
+    for content in (b"", b"PK\3\4", about.getvalue(), about.getvalue()[:-9]):
+        (tmp_path / PARTS / "a.tar.npz").write_bytes(content)
+        assert recorded(tmp_path, "a.tar") is None
 
 
 def test_shards_of_somebody_else_and_other_files_are_not_touched(folder: Path, tmp_path: Path) -> None:
