@@ -10,7 +10,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -187,7 +187,7 @@ def add_token_cache(cfg: DictConfig, stage: Any, data: Any) -> None:
 
 def _trainer(cfg: DictConfig, signals: Signals | None, lock: Lock | None) -> Trainer:
     t = cfg.trainer
-    callbacks = [] if lock is None else [Holding(lock)]  # first, before one that writes
+    callbacks: list[Callback] = [] if lock is None else [Holding(lock)]  # first, before one that writes
     callbacks += [make(node) for node in cfg.callbacks.values() if node is not None]
     if signals is not None:
         callbacks.append(Interruption(signals, run_dir=cfg.run_dir))

@@ -40,7 +40,7 @@ def read(run_dir: Path) -> list[dict[str, str]]:
         whole = path.read_bytes().rpartition(b"\n")[0].decode()
         rows = [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values()]
         for row in rows:
-            int(row["step"]), int(row["restart"]), row["event"], row["job"]
+            _ = int(row["step"]), int(row["restart"]), row["event"], row["job"]
     except (ValueError, KeyError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
         reason = " ".join(str(error).split())
         raise BeitError(f"{path} is damaged ({reason}): mend or move the file away") from error

@@ -98,7 +98,7 @@ def test_another_machines_lock_counts_while_it_is_touched_whatever_its_clock_say
     tmp_path: Path, ahead: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = hold(tmp_path / ".lock", host="node7", pid=5, started="1")
-    os.utime(file, (time.time() + ahead,) * 2)
+    os.utime(file, (time.time() + ahead, time.time() + ahead))
     began = time.monotonic()
     with touching(file, ahead), pytest.raises(BeitError, match="process 5 on node7"):
         Lock(file).acquire()
@@ -113,7 +113,7 @@ def test_another_machines_lock_that_is_not_touched_is_taken_over_whatever_its_cl
     tmp_path: Path, ahead: float
 ) -> None:
     file = hold(tmp_path / ".lock", host="node7", pid=5, started="1")
-    os.utime(file, (time.time() + ahead,) * 2)
+    os.utime(file, (time.time() + ahead, time.time() + ahead))
     lock = Lock(file)
     lock.acquire()
     assert json.loads(file.read_text())["pid"] == os.getpid()
