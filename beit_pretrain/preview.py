@@ -16,6 +16,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from beit_pretrain import optim
@@ -24,7 +25,7 @@ from beit_pretrain.devices import accelerator, processes
 from beit_pretrain.errors import DataError
 from beit_pretrain.stages.base import Stage
 from beit_pretrain.tokenizer import Tokenizer, TrainableTokenizer
-from beit_pretrain.wording import sides_of, times
+from beit_pretrain.wording import printable, sides_of, times
 
 Rows = list[tuple[str, str]]
 
@@ -143,11 +144,12 @@ def _epochs(cfg: DictConfig) -> int:
 
 
 def _facts(cfg: DictConfig, rows: Rows) -> Table:
-    table = Table(title=f"{cfg.stage.name} in {cfg.run_dir}", show_header=False, title_justify="left")
+    title = Text(printable(f"{cfg.stage.name} in {cfg.run_dir}"))
+    table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 

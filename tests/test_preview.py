@@ -96,6 +96,11 @@ def test_the_published_model_has_the_published_size(capsys: pytest.CaptureFixtur
     assert total == 91_965_776
 
 
+def test_a_name_with_brackets_is_no_markup(capsys: pytest.CaptureFixture[str], tokenizer: Path) -> None:
+    preview(compose([*fixed(tokenizer), CPU, 'name="a[/b][red]"']))
+    assert "pretrain in runs/a[/b][red]" in capsys.readouterr().out
+
+
 def test_masks_that_may_fall_short_are_called_so(capsys: pytest.CaptureFixture[str], tokenizer: Path) -> None:
     _, rows = shown(capsys, compose([*fixed(tokenizer), CPU, "masking.exact=false"]))
     assert rows["hidden patches"] == "at most 26 (41%)"

@@ -29,7 +29,7 @@ from beit_pretrain.data.transforms import Item
 from beit_pretrain.devices import defers_jitter, processes
 from beit_pretrain.errors import ConfigError, DataError
 from beit_pretrain.tools.images import usable_cores
-from beit_pretrain.wording import times
+from beit_pretrain.wording import printable, times
 
 RATE = 1000.0  # images/s of a device that workers are counted for, where nothing is asked
 BATCH = 32  # images of a test's batch at most: a worker holds back a whole one until it is ready
@@ -295,9 +295,9 @@ def _parts_table(parts: dict[str, Cost]) -> Table:
 
 
 def _table(title: str, rows: Rows) -> Table:
-    table = Table(title=Text(title), title_justify="left", show_header=False)
+    table = Table(title=Text(printable(title)), title_justify="left", show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, value in rows:
-        table.add_row(name, Text(value))
+        table.add_row(Text(name), Text(printable(value)))
     return table

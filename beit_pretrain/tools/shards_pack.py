@@ -24,7 +24,7 @@ from torch import Tensor
 
 from beit_pretrain.checkpoint import files
 from beit_pretrain.cluster.ending import die_with_parent
-from beit_pretrain.data.decode import decode
+from beit_pretrain.data.decode import FORMATS, decode
 from beit_pretrain.data.shard_tar import INDEX, scan
 from beit_pretrain.data.sources import Source
 from beit_pretrain.errors import DataError
@@ -101,7 +101,7 @@ def prepare(content: bytes | Tensor, resize: Resize | None) -> Shrunk:
 
 def _format(data: bytes) -> str:
     """The format of an image file that can be read."""
-    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         return str(image.format)
 
 
