@@ -57,4 +57,6 @@ class TrainingError(BeitError):
 
 
 class LockLost(BeitError):
-    """Another process has taken over the folder that this run was writing into."""
+    """Another process has taken over the folder that this run was writing into, or somebody has removed it."""
+
+    code = 1

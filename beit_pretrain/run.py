@@ -66,7 +66,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = (), signals: Signals | None 
         try:
             results = _knn(cfg, cfg.stage) if knn else _train(cfg, config, folder, resume, signals)
         except OSError:
-            _still_there(folder)
+            folder.lock.check()  # the folder may have been removed, or be another run's
             raise
         # The others wait: a chain's next link looks for what this one has written.
         from_rank_zero(lambda: _write(cfg, results, overrides, source, folder))
@@ -92,7 +92,6 @@ def _write(
     """results.json, which makes a run a finished one, and its report; on rank 0."""
     if rank_zero_only.rank:
         return
-    _still_there(folder)
     folder.lock.check()
     results |= {
         "name": cfg.name,
@@ -112,15 +111,6 @@ def _write(
     results |= _without_nan(results)
     files.write_text(folder.path / "results.json", json.dumps(results, indent=2) + "\n")
     make_report(folder.path)
-
-
-def _still_there(folder: RunFolder) -> None:
-    """BeitError if someone has removed the run's folder, or moved it away, while the run wrote in it."""
-    if rank_zero_only.rank == 0 and not folder.config_file.exists():
-        raise BeitError(
-            f"{folder.path} was removed or renamed while the run wrote in it, and what it has written since is not a "
-            "whole run: remove that too and give the command again"
-        )
 
 
 def _open(

@@ -92,6 +92,10 @@ class Lock:
             ) from error
         if text != self._mine:
             self.lost = True
+            if not self.file.parent.exists():
+                raise LockLost(
+                    f"{self.file.parent} was removed while this run wrote into it: the run ends here"
+                )
             now = self._who(_holder(text)) + " has taken the folder over" if text else "it was removed"
             raise LockLost(
                 f"{self.file} is no longer this run's: {now}. This run ends without writing more; its machine or its "

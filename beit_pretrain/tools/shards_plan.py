@@ -187,9 +187,16 @@ def settle(out: Path, asked: dict[str, Any], overwrite: bool) -> ShardIndex | No
     try:
         index = read_index(out) if (out / INDEX_JSON).exists() else None
         begun = index.written if index is not None else _begun(out)
-    except DataError:
+    except DataError as error:
         if not overwrite:
             raise
+        if not (out / PARTS / PLAN).exists() and not any(
+            re.fullmatch(_SHARD, path.name) for path in out.iterdir()
+        ):
+            raise ConfigError(
+                f"OUT={out} holds an {INDEX_JSON} and no shards, so it may be another program's: give another folder, "
+                "or remove it yourself"
+            ) from error
         index, begun = None, {}
     if begun is not None:
         other = [key for key in asked if begun.get(key) != asked[key]]

@@ -31,7 +31,7 @@ CASES = {
         1,
         "RuntimeError: rank",
     ),
-    "removed": (["+callbacks.fault._target_=endings.RemoveFolder"], 2, "runs/run was removed"),
+    "removed": (["+callbacks.fault._target_=endings.RemoveFolder"], 1, "runs/run was removed"),
     "ctrl-c": (
         ["+callbacks.fault._target_=endings.Signal", f"+callbacks.fault.number={signal.SIGINT.value}"],
         130,

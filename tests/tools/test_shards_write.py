@@ -652,6 +652,14 @@ def test_shards_of_somebody_else_and_other_files_are_not_touched(folder: Path, t
     assert len(read_index(tmp_path).entries) == IMAGES
 
 
+def test_an_index_of_another_program_is_not_thrown_away(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text('{"pages": 3}')
+    with pytest.raises(ConfigError, match=r"holds an index\.json and no shards"):
+        run(folder, tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
+    assert (tmp_path / "index.json").read_text() == '{"pages": 3}'
+
+
 def test_two_commands_do_not_write_to_one_folder(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
