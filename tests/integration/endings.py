@@ -81,7 +81,7 @@ def paint(root: Path, train: int = 12, held_out: int = 20) -> Path:
             (root / split / name).mkdir(parents=True)
             for i in range(count):
                 pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+                Image.fromarray(pixels).save(root / split / name / f"{i:02}.png")
     return root
 
 

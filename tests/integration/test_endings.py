@@ -56,7 +56,7 @@ def _arguments(case: str, folder: Path, workers: int, rank: int = 0) -> list[str
     data = paint(folder / "data")
     if case == "unreadable":
         spoil(data)
-    more = [f"+callbacks.fault.path={data}/val/b/0.png"] if case == "blocked" else []
+    more = [f"+callbacks.fault.path={data}/val/b/00.png"] if case == "blocked" else []
     if case not in ("unreadable", "blocked"):
         more.append(f"+callbacks.fault.rank={rank}")
     return [*on(data, workers), "stage.epochs=2", *CASES[case][0], *more]
@@ -145,7 +145,9 @@ def test_a_rank_that_is_killed_takes_the_other_one_along_though_its_workers_have
 ) -> None:
     data = paint(tmp_path / "data")
     kill = ["+callbacks.fault._target_=endings.Signal", f"+callbacks.fault.number={signal.SIGKILL.value}"]
-    block = ["+callbacks.block._target_=endings.BlockFile", f"+callbacks.block.path={data}/val/b/19.png"]
+    # Of this rank's share, in a batch that its worker has begun by then: it hangs, and does not look for its parent.
+    blocked = data / "val" / "a" / f"{12 + rank}.png"
+    block = ["+callbacks.block._target_=endings.BlockFile", f"+callbacks.block.path={blocked}"]
     runs = _two(server, [*on(data, 1), *kill, f"+callbacks.fault.rank={rank}", *block], tmp_path)
     codes = [run.wait(BEGIN + TOGETHER) for run in runs]
     assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1
