@@ -62,6 +62,7 @@ def _adopt_tuned(cfg: DictConfig, explicit: Mapping[str, str]) -> None:
     saved = _config_of(cfg.init_from, key)
     if "model" not in saved:
         return  # no encoder: the checks name it
+    _raise_if(_other_class(saved["model"], plain(cfg.model), "model", key))
     faults = _other_choice("model", saved, explicit, key)
     decided = [f"model.{name}" for name in SHAPE]
     if cfg.mode == "evaluate":

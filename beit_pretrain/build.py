@@ -27,7 +27,7 @@ from beit_pretrain.cluster.signals import Signals
 from beit_pretrain.data.tokens import TokenCache
 from beit_pretrain.data.transforms import LANCZOS, RESIZE_IMPLEMENTATION
 from beit_pretrain.devices import accelerator, defers_jitter, nodes, processes
-from beit_pretrain.errors import BeitError, ConfigError
+from beit_pretrain.errors import BeitError, CheckpointError, ConfigError
 from beit_pretrain.origins import check_fit, load_strictly, load_weights
 from beit_pretrain.stages.base import Stage
 from beit_pretrain.tokenizer import TrainableTokenizer
@@ -37,6 +37,16 @@ LABELLED = ("classify", "probe")  # stages that learn from a label for each imag
 SUPERVISED = (*LABELLED, "segment")  # and from one for each pixel
 # Of a tokenizer's options, those that say where things are: no id depends on them.
 PLACES = ("name", "checkpoint", "cache", "views", "weights", "files", "offline")
+
+
+# What classes raise for options that are of a wrong kind.
+UNBUILT = (InstantiationException, TypeError, ValueError, ArithmeticError, RuntimeError)
+
+
+def flat(error: BaseException) -> str:
+    """An error's text, without the lines that Hydra puts around it."""
+    cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+    return " ".join(str(cause).split())
 
 
 def build_run(
@@ -131,8 +141,13 @@ def build_tokenizer(cfg: DictConfig, key: str = "tokenizer.checkpoint") -> nn.Mo
     weights = record.part(record.read(Path(cfg.tokenizer.checkpoint), key=key), "tokenizer", key=key)
     if issubclass(get_class(cfg.tokenizer._target_), TrainableTokenizer):
         # Options from a file do not decide how much memory is taken before its weights are seen to fit.
-        with torch.device("meta"):
-            check_fit(make(cfg.tokenizer, drop), weights, key)
+        try:
+            with torch.device("meta"):
+                check_fit(make(cfg.tokenizer, drop), weights, key)
+        except UNBUILT as error:
+            raise CheckpointError(
+                f"{key} has options of a tokenizer that cannot be built ({flat(error)})"
+            ) from error
     tokenizer = make(cfg.tokenizer, drop)
     load_strictly(tokenizer, weights, key)
     return tokenizer

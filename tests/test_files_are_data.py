@@ -145,7 +145,7 @@ WALK = [
     ("knn", "pretrain", "config.data.normalize.mean", r"normalize\.mean"),
     ("probe", "pretrain", "config.model._partial_", r"model\._partial_"),
     ("fine-tune", "pretrain", "config.image_size", r"config\.image_size"),
-    ("fine-tune", "pretrain", "config.model._target_", ""),
+    ("fine-tune", "pretrain", "config.model._target_", r"model\._target_=webdataset\.gopen"),
     ("predict", "classify", "config.stage.pooling", "pooling"),
     ("predict", "classify", "config.stage.optim", ""),
     ("predict", "classify", "preprocessing.class_names", "class_names"),
@@ -351,6 +351,24 @@ def test_a_record_of_another_shape_is_refused_in_one_line(stranger: Stranger, ke
     run = stranger.tampered("pretrain", key, value)
     with pytest.raises(CheckpointError, match=r"path=.*give another checkpoint") as caught:
         beit_pretrain.load(run)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("door", "kind", "key"),
+    [
+        ("load", "pretrain", "config.model.drop_path"),
+        ("reconstruct", "pretrain", "config.masking.min_block"),
+        ("reconstruct with", "tokenizer", "config.tokenizer.hidden"),
+        ("replay", "step", "config.stage.views.mask.count"),
+        ("replay", "step", "config.stage.optim.lr"),
+        ("segment", "segment", "config.stage.predict.crop"),
+    ],
+)
+def test_an_option_of_a_wrong_kind_is_one_line(stranger: Stranger, door: str, kind: str, key: str) -> None:
+    run = stranger.tampered(kind, key, "a text")
+    with pytest.raises(BeitError) as caught:
+        DOORS[door](run, stranger.runs)
     assert len(str(caught.value).splitlines()) == 1
 
 

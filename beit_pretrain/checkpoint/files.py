@@ -25,7 +25,7 @@ from beit_pretrain.errors import CheckpointError
 STALE_AFTER = 3600  # seconds without a change after which a temporary file counts as abandoned
 STRETCH = 4  # bytes of tensors for each byte of their file: some share their memory
 ROOM = 2**20  # bytes that those of a small file may have beyond that
-VALUES = 20_000_000  # values in a file; an optimiser's state has some thousand
+VALUES = 2_000_000  # values in a file; an optimiser's state has some thousand
 
 
 def resolve(path: Path, key: str = "") -> Path:

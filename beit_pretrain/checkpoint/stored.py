@@ -19,12 +19,14 @@ from beit_pretrain.models.rel_pos import table_rows
 
 ENCODER = "beit_pretrain.models.beit.Beit"
 SPECIAL = "_"  # keys that begin with it are instructions to Hydra's `instantiate`
-BUDGET = 20_000_000  # values and letters of a record; 22,000 names of classes are some 500,000
+BUDGET = 20_000_000  # letters of a record, a value counting as EACH of them; 22,000 classes are a million
+EACH = 16
 DEPTH = 64  # containers within each other in a record
 WHOLE = 2**63  # whole numbers of a record are below it
 SIDE = 2**15  # pixels along an image
 PATCHES = 2**16  # of an image
 BLOCKS = 512  # of an encoder
+CLASSES = 200_000
 LEAST_CROP = 0.05  # share of an image's side; below it, resized images take gigabytes
 
 Scalar = str | int | float | bool | None
@@ -85,7 +87,7 @@ def _not_plain(about: Any) -> Iterator[str]:
     left, todo = BUDGET, [("record", about, 0)]
     while todo:
         key, value, depth = todo.pop()
-        left -= 1 + (len(value) if isinstance(value, str | list | tuple | Mapping) else 0)
+        left -= EACH + (len(value) if isinstance(value, str | list | tuple | Mapping) else 0)
         if left < 0 or depth > DEPTH:
             yield f"its record is larger than any ({key})"
             return
@@ -164,8 +166,10 @@ def _preprocessing_faults(node: Mapping[str, Any], key: str) -> Iterator[str]:
         ):
             yield f"{key}.{name}={values} is not three numbers, for red, green and blue"
     names = node.get("class_names")
-    if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
-        yield f"{key}.class_names is no list of names"
+    if names is not None and not (
+        isinstance(names, list | tuple) and len(names) <= CLASSES and all(isinstance(n, str) for n in names)
+    ):
+        yield f"{key}.class_names is no list of up to {CLASSES:,} names"
 
 
 # --- how large it is ----------------------------------------------------------------------------------------

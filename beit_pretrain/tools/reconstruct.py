@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from beit_pretrain.build import build_tokenizer, make
+from beit_pretrain.build import UNBUILT, build_tokenizer, flat, make
 from beit_pretrain.checkpoint import files, record
 from beit_pretrain.compose import compose
 from beit_pretrain.data.sampler import mix
@@ -113,7 +113,12 @@ def _mask(loaded: Loaded, given: str) -> MaskGenerator:
     """The masks that the model was trained with; the paper's where it does not say."""
     rows, columns = loaded.encoder.grid
     if node := loaded.about["config"].get("masking"):
-        return make(DictConfig({**known_masking(node, given), "grid": [rows, columns]}))
+        try:
+            return make(DictConfig({**known_masking(node, given), "grid": [rows, columns]}))
+        except UNBUILT as error:
+            raise CheckpointError(
+                f"{given} has masks that cannot be made ({flat(error)}): give another"
+            ) from error
     hidden = max(1, round(SHARE * rows * columns))
     return BlockwiseMask(grid=(rows, columns), count=hidden, min_block=min(MIN_BLOCK, hidden))
 

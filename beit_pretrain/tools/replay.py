@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beit_pretrain.build import SUPERVISED, build_stage
+from beit_pretrain.build import SUPERVISED, UNBUILT, build_stage, flat
 from beit_pretrain.checkpoint import files, record
 from beit_pretrain.errors import CheckpointError
 from beit_pretrain.origins import load_strictly
@@ -30,7 +30,12 @@ def replay(path: Path) -> int:
             f"{path} is a step of linear classifiers, whose frozen encoder is not in the file"
         )
     names = saved["beit_pretrain"]["preprocessing"]["class_names"]
-    stage = build_stage(cfg, names if cfg.stage.name in SUPERVISED else None)
+    try:
+        stage = build_stage(cfg, names if cfg.stage.name in SUPERVISED else None)
+    except UNBUILT as error:
+        raise CheckpointError(
+            f"{path} has a stage that cannot be built ({flat(error)}): give another file"
+        ) from error
     load_strictly(stage, {**stage.state_dict(), **saved["state_dict"]}, str(path))
     stage.train()
     seen: list[str] = []
