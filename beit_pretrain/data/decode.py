@@ -69,7 +69,7 @@ def decode(data: bytes) -> Tensor:
             rgb = _to_rgb(image)
             # After the pixels: to look for it, Pillow decodes the whole of a PNG, and its errors are not those of
             # metadata.
-            turn = _TURNS.get(_orientation(image))
+            turn = _TURNS.get(_orientation(image) or 1)
             return _tensor(rgb if turn is None else rgb.transpose(turn))
     except DataError:
         raise
