@@ -122,7 +122,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 EXCEPTIONS: set[tuple[str, str]] = set()
 
 LINES = 350  # a longer file usually holds two ideas
-LONGER = {"stages/base.py": 387, "stages/probe.py": 380}  # known ones, so that they do not grow unseen
+LONGER = {"stages/base.py": 385, "stages/probe.py": 380}  # known ones, so that they do not grow unseen
 
 IMPORTS_OF = "import sys; {code}; print('\\n'.join(sorted({{m.partition('.')[0] for m in sys.modules}})))"
 

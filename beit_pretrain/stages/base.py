@@ -79,9 +79,8 @@ class Stage(LightningModule, ABC):
         self.log_every = log_every
         self.max_bad_steps = max_bad_steps
         self.run_dir = Path(run_dir)
-        self.before_writing: Callable[[], None] = lambda: (
-            None
-        )  # raises if the run folder is another run's by now
+        # Raises if the run folder is another run's by now.
+        self.before_writing: Callable[[], None] = lambda: None
         self.record: dict[str, Any] = {}
         self.latest: dict[str, float] = {}
         self.held_out: dict[str, float] = {}  # the last held-out score
@@ -154,9 +153,6 @@ class Stage(LightningModule, ABC):
         self.batch_size = data.batch_size
         if stage == "fit":
             self.steps_per_epoch = data.steps_per_epoch
-        if stage != "test":  # which follows upon the others
-            for logger in self.trainer.loggers:
-                logger.log_hyperparams(self.record.get("config", {}))
 
     def normalize(self, image: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) to the encoder's input."""
