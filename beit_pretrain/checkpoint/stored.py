@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -241,7 +241,7 @@ def _held(
         yield "pos_embed", (1, 1 + math.prod(grid), width), tuple(positions.shape)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
