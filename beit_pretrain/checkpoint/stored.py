@@ -241,7 +241,7 @@ def _held(
         yield "pos_embed", (1, 1 + math.prod(grid), width), tuple(positions.shape)
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

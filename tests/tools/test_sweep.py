@@ -317,7 +317,7 @@ def test_a_journal_sets_no_options_but_those_of_the_search(work: Path) -> None:
         (work / str(number)).mkdir()
         search = Search(work / str(number), settings)
         values = {key: value for key, (value, _) in params.items()}
-        kinds = {key: kind for key, (_, kind) in params.items()}
+        kinds: dict[str, Any] = {key: kind for key, (_, kind) in params.items()}
         state = optuna.trial.TrialState.RUNNING
         search.study.add_trial(optuna.trial.create_trial(state=state, params=values, distributions=kinds))
         if says:
