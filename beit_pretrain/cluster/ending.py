@@ -114,6 +114,15 @@ def kill(workers: Iterable[BaseProcess]) -> None:
             multiprocessing.process._children.discard(worker)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def gone(workers: Iterable[BaseProcess]) -> str:
+    """The numbers of those that have died; death takes a moment to show."""
+    dead = []
+    for worker in workers:
+        worker.join(0.2)
+        dead += [] if worker.is_alive() else [str(worker.pid)]
+    return ", ".join(dead)
+
+
 def end_pool(pool: ProcessPoolExecutor) -> None:
     """Shut a pool down. Its processes have some seconds to give up what they do; storage may hang for longer."""
     processes = list(pool._processes.values())  # and no others: this process may have data workers too

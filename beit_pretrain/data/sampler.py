@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from beit_pretrain.cluster.ending import kill
+from beit_pretrain.cluster.ending import gone, kill
 from beit_pretrain.data.workers import Watch, before_workers, begin_worker
 from beit_pretrain.errors import DataError
 
@@ -260,9 +260,14 @@ class ResumableLoader(DataLoader[Any]):
                 except StopIteration:
                     return
                 except (RuntimeError, EOFError, OSError) as error:
-                    if not watch.ended and not str(error).startswith("DataLoader timed out"):
-                        raise
-                    break
+                    if watch.ended or str(error).startswith("DataLoader timed out"):
+                        break
+                    if not isinstance(error, RuntimeError) and (dead := gone(self._workers)):
+                        # It died while it handed something over; as torch says it of other moments.
+                        raise RuntimeError(
+                            f"DataLoader worker (pid(s) {dead}) exited unexpectedly"
+                        ) from error
+                    raise
                 if isinstance(batch, Failure):
                     raise DataError(batch.message)
                 yield batch

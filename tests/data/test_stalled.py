@@ -15,9 +15,10 @@ import pytest
 from data.shades import Shades, make_module
 from torch import Tensor
 
+from beit_pretrain.cluster.ending import deaths_are_meant, killed_worker
 from beit_pretrain.data import workers
 from beit_pretrain.data.sampler import epoch_order
-from beit_pretrain.errors import BeitError, ConfigError, DataError
+from beit_pretrain.errors import BeitError, ConfigError, DataError, WorkerError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
@@ -118,6 +119,20 @@ def test_a_worker_that_is_stopped_ends_the_wait_for_what_it_has_announced() -> N
     with pytest.raises(DataError, match=r"nothing for 2 s \(data\.timeout\).* is a process stopped"):
         list(batches)
     assert time.monotonic() - began < 20 and not worker.is_alive()
+
+
+def test_a_worker_that_dies_before_it_has_handed_over_what_it_announced_is_a_dead_worker() -> None:
+    loader = make_module(Shades(64), workers=1, timeout=20.0, val_share=0.0).train_dataloader()
+    batches = iter(loader)
+    next(batches)
+    (worker,) = loader._workers
+    time.sleep(1.0)  # it has announced two more
+    with deaths_are_meant():
+        os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(0.2)
+    with pytest.raises(RuntimeError) as caught:
+        list(batches)
+    assert isinstance(killed_worker(caught.value), WorkerError)
 
 
 def test_a_worker_that_reads_is_ended_before_its_loader_is_let_go_of(tmp_path: Path) -> None:

@@ -25,7 +25,11 @@ CASES = {
         2,
         "the data workers gave nothing for 2 s",
     ),
-    "killed": (["+callbacks.fault._target_=endings.KillWorkers"], 1, "was killed by signal: Killed"),
+    "killed": (
+        ["+callbacks.fault._target_=endings.KillWorkers"],
+        1,
+        "(out of memory?): give the job more of it",
+    ),
     "exception": (
         ["+callbacks.fault._target_=running.Fail", "+callbacks.fault.step=3"],
         1,
