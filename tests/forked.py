@@ -21,6 +21,27 @@ TESTS = Path(__file__).resolve().parent
 ENDED = 0.02  # seconds between two looks at whether a process has ended
 
 
+def left(session: int, seconds: float = 5.0) -> list[str]:
+    """The processes of a session that still run some seconds later: number and command of each."""
+    deadline = time.monotonic() + seconds
+    while (found := _members(session)) and time.monotonic() < deadline:
+        time.sleep(ENDED)
+    return found
+
+
+def _members(session: int) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            name, _, rest = path.joinpath("stat").read_text().rpartition(")")
+        except OSError:
+            continue  # it has just ended
+        state, _, _, its = rest.split()[:4]
+        if int(its) == session and state not in "ZX":
+            found.append(f"{path.name} {name.partition('(')[2]} ({state})")
+    return found
+
+
 class Forked:
     """A run in a process of its own session; its `pid` is also that of the session."""
 
@@ -49,28 +70,13 @@ class Forked:
             time.sleep(ENDED)
         return code
 
-    def left(self, seconds: float = 5.0) -> list[str]:
-        """The processes of its session that still run after some seconds, itself among them: number and command."""
-        deadline = time.monotonic() + seconds
-        while (found := self._session()) and time.monotonic() < deadline:
-            time.sleep(ENDED)
-        return found
-
-    def _session(self) -> list[str]:
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                name, _, rest = path.joinpath("stat").read_text().rpartition(")")
-                state, _, _, session = rest.split()[:4]
-            except OSError:
-                continue  # it has just ended
-            if int(session) == self.pid and state not in "ZX":
-                found.append(f"{path.name} {name.partition('(')[2]} ({state})")
-        return found
+    def left(self) -> list[str]:
+        """Its processes that still run some seconds later."""
+        return left(self.pid)
 
     def kill(self) -> None:
         """End whatever is left of the session."""
-        for process in self._session():
+        for process in left(self.pid, 0.0):
             try:
                 os.kill(int(process.split()[0]), signal.SIGKILL)
             except ProcessLookupError:
