@@ -50,7 +50,8 @@ def run(cfg: DictConfig, overrides: Sequence[str] = (), signals: Signals | None 
     """
     checks.check(cfg, overrides)
     knn = cfg.stage.name == "knn"
-    _tell(start_remarks(cfg))
+    if cfg.dry_run:
+        _tell(start_remarks(cfg))
     if cfg.dry_run or (knn and rank_zero_only.rank):
         return preview(cfg) if rank_zero_only.rank == 0 else {}
     keep_null_blocks(cfg, overrides)
@@ -63,6 +64,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = (), signals: Signals | None 
         done, resume = from_rank_zero(lambda: _open(cfg, overrides, config, source, folder, stack))
         if done is not None:
             return done
+        _tell(start_remarks(cfg))
         try:
             results = _knn(cfg, cfg.stage) if knn else _train(cfg, config, folder, resume, signals)
         except OSError:
@@ -233,7 +235,7 @@ def _tell_transfer(cfg: DictConfig, report: Report, folder: RunFolder) -> None:
 def _tell(remarks: Iterable[str]) -> None:
     """Print what one should know before a training begins."""
     for remark in filter(None, remarks):
-        print(remark, flush=True)
+        print(printable(remark), flush=True)
 
 
 @rank_zero_only
