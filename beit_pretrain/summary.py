@@ -26,7 +26,7 @@ def show(results: Mapping[str, Any], cfg: DictConfig) -> None:
     """Print one run's results; nothing for a dry run, which has printed for itself."""
     if not results:
         return
-    table = _table(str(results.get("name", cfg.name)))
+    table = _table(str(results.get("name") or cfg.name))
     for name, value in _rows(results):
         table.add_row(Text(printable(name)), Text(printable(value)))
     _print(table, _remarks(results), Path(cfg.run_dir) / "report.html")
