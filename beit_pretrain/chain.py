@@ -165,7 +165,7 @@ def _submit(
             print(f"\n# {name}: after {', '.join(after) or 'nothing'}\n{script}")
         return
     file = folder / "jobs.json"
-    known = read_json(file) or {"links": {}, REPORT: None}
+    known = {"links": {}, REPORT: None, **read_json(file)}
     jobs: dict[str, dict[str, Any]] = known["links"]
     waiting = active([str(known[REPORT]), *(entry["job"] for entry in jobs.values())])
     same = {name for name in links if name in jobs and jobs[name]["overrides"] == links[name]}

@@ -38,7 +38,7 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     if faults := list(_missing(cfg)):
         # Without a stage, or with an interpolation that leads nowhere, nothing else can be said.
         raise ConfigError(faults)
-    if fault := name_fault(cfg.name):  # of a sweep's job, which is named after its overrides
+    if fault := name_fault(cfg.name, by_hand=False):
         faults.append(fault)
     for one in (numbers, choices, _model, _grids, _masks, _recipe, _mixing, _pooling):
         faults += one(cfg)

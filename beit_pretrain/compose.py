@@ -34,8 +34,13 @@ NEEDED = (
     "trainer",
     "checkpoint",
 )  # groups without which nothing runs
-# Options that name a place or a choice of one, and groups whose texts all do: an empty one is a variable not set.
-PLACES = ("name", "runs", "run_dir", "init_from", "tokenizer", "data", "checkpoint.folder")
+# Options that name a place: an empty text there is a variable that is not set.
+PLACES = ("name", "runs", "run_dir", "init_from", "checkpoint.folder")
+PLACES += tuple(f"tokenizer.{name}" for name in ("checkpoint", "cache", "weights"))
+PLACES += tuple(f"data.{name}" for name in ("root", "dataset"))
+PLACES += tuple(
+    f"data.source.{name}" for name in ("root", "dataset", "train", "val", "test", "cache", "class_names")
+)
 LAUNCHER = "hydra/launcher"  # the group of what a Slurm job asks for
 LONGEST = 255  # bytes that file systems allow a name
 SEARCHPATH = "hydra.searchpath"  # a user's own folders of yaml files
@@ -156,8 +161,11 @@ def _empty(cfg: DictConfig) -> Iterator[str]:
             yield key
 
 
-def name_fault(name: Any) -> str:
-    """Why a run's name cannot be that of a folder below `runs`, or nothing."""
+def name_fault(name: Any, *, by_hand: bool = True) -> str:
+    """Why a run's name cannot be that of a folder below `runs`, or nothing.
+
+    A sweep's job (not `by_hand`) is named after its overrides, which may hold the path of a checkpoint.
+    """
     if isinstance(name, bool) or not isinstance(name, str | int | float):
         return f"name={show(name)}: set a name for the run's folder below runs"
     parts = PurePosixPath(str(name)).parts
@@ -165,7 +173,7 @@ def name_fault(name: Any) -> str:
         return f"name={name} is no folder below runs: set one such as my-run or my-sweep/first (the place is runs=)"
     if "\0" in str(name) or any(len(part.encode("utf-8", "surrogatepass")) > LONGEST for part in parts):
         return f"name={str(name)[:40]!r}... is no folder's name: set one of at most {LONGEST} bytes, without a NUL"
-    if inner := [part for part in parts[1:] if part in FOLDERS]:
+    if by_hand and (inner := [part for part in parts[1:] if part in FOLDERS]):
         return f"name={name}: a run keeps files of its own in a folder {inner[0]}: set another name"
     return ""
 

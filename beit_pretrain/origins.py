@@ -14,7 +14,7 @@ from beit_pretrain.checkpoint.finite import counted, not_finite
 from beit_pretrain.errors import CheckpointError
 from beit_pretrain.stages.base import Stage
 from beit_pretrain.tokenizer import collapse
-from beit_pretrain.wording import bracket, pair, show
+from beit_pretrain.wording import bracket, is_whole, pair, show
 
 # What two encoders must have in common for the weights of one to fit into the other.
 SHAPES = ("patch_size", "width", "depth", "heads", "mlp_ratio", "abs_pos")
@@ -63,7 +63,8 @@ def start_remarks(cfg: DictConfig) -> Iterator[str]:
     """What one should know of the checkpoints of a training before it begins."""
     if cfg.stage.name == "pretrain" and cfg.mode == "fit" and (path := cfg.tokenizer.get("checkpoint")):
         saved = record.read(path, key="tokenizer.checkpoint")["beit_pretrain"]
-        if remark := collapse(saved.get("held_out") or {}, saved["config"]["tokenizer"]["vocab_size"]):
+        size = saved["config"]["tokenizer"].get("vocab_size")  # of a user's own class it may be no option
+        if is_whole(size, 1) and (remark := collapse(saved.get("held_out") or {}, size)):
             yield f"tokenizer.checkpoint={path}: {remark}"
 
 
@@ -217,7 +218,7 @@ def _classes(about: Mapping[str, Any]) -> list[str] | None:
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], key: str) -> None:
     """`load_state_dict`, with every key that does not fit named in one line; weights must be finite."""
     check_fit(module, state, key)
-    if spoilt := not_finite(state):
+    if spoilt := not_finite(state, {name for name, _ in module.named_parameters()}):
         raise CheckpointError(
             f"{key}: the weights hold {counted(spoilt)}: give a checkpoint from before the training went wrong"
         )

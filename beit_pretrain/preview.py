@@ -60,8 +60,8 @@ def preview(cfg: DictConfig) -> dict[str, Any]:
     console = Console()
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
-    text = yaml.dump(config, Dumper=_OneLineLists, sort_keys=False, width=1000)
-    console.print(text.rstrip(), highlight=False, soft_wrap=True, markup=False)
+    lines = yaml.dump(config, Dumper=_OneLineLists, sort_keys=False, width=1000).rstrip().split("\n")
+    console.print("\n".join(map(printable, lines)), highlight=False, soft_wrap=True, markup=False)
     console.print()
     if cfg.stage.name == "knn":
         encoder = {k: v for k, v in config["model"].items() if k != "name"}
@@ -88,7 +88,7 @@ def preview(cfg: DictConfig) -> dict[str, Any]:
 
 
 def warmup_remark(cfg: DictConfig, stage: Stage, data: Any) -> str:
-    """What to say of a warm-up that the training does not outlast; two steps on trial never do."""
+    """What to say of a warm-up as long as the training or longer; nothing of the two steps of debug=true."""
     if cfg.mode != "fit" or cfg.debug:
         return ""
     return optim.warmup_remark(stage.recipe, epochs=stage.epochs, steps_per_epoch=data.steps_per_epoch)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, open_dict
 
 from beit_pretrain import checks
 from beit_pretrain.build import SUPERVISED, build_data, build_run, make
+from beit_pretrain.callbacks.without_secrets import without_secrets
 from beit_pretrain.checkpoint import files, record
 from beit_pretrain.checkpoint.adapt import Report
 from beit_pretrain.checkpoint.saving import go_on_from, step_of
@@ -36,6 +36,7 @@ from beit_pretrain.preview import preview, warmup_remark
 from beit_pretrain.report import make_report
 from beit_pretrain.report.folder import read_series
 from beit_pretrain.report.mask_sheet import draw_sheet
+from beit_pretrain.run_files import read_config
 from beit_pretrain.wording import printable
 
 Results = dict[str, Any]
@@ -81,9 +82,8 @@ def keep_null_blocks(cfg: DictConfig, overrides: Sequence[str]) -> None:
     file = RunFolder(Path(cfg.run_dir)).config_file
     if cfg.stage.name != "segment" or cfg.mode != "fit" or anew or not file.exists():
         return
-    with suppress(ValueError, yaml.YAMLError):  # `RunFolder.compare` says what is wrong with the file
-        before = yaml.safe_load(file.read_text())
-        stage = before.get("stage") if isinstance(before, dict) else None
+    with suppress(BeitError, OSError):  # `RunFolder.compare` says what is wrong with the file
+        stage = read_config(file)[1].get("stage")
         if isinstance(stage, dict) and stage.get("blocks", ()) is None:
             cfg.stage.blocks = None
 
@@ -194,7 +194,7 @@ def _train(
         with signals.held() if signals else nullcontext():
             try:
                 for logger in trainer.loggers:
-                    logger.log_hyperparams(config)
+                    logger.log_hyperparams(without_secrets(config))
                 trainer.fit(stage, datamodule=data, ckpt_path=resume)
             except SystemExit:  # what Lightning makes of Ctrl-C
                 raise KeyboardInterrupt from None

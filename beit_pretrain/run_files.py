@@ -49,6 +49,15 @@ OF_SEVERAL = {"chain.json": "a chain", "sweep.json": "a search"}
 NAMED = 3  # foreign files that a message names
 
 
+class _Loader(yaml.SafeLoader):
+    """Without aliases: a few lines of them stand for more values than memory holds, and runs write none."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases (*name)")
+        return super().compose_node(parent, index)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file, empty without the file. BeitError, in one line, if it holds anything else."""
     if not path.is_file():
@@ -66,7 +75,7 @@ def read_config(path: Path) -> tuple[str, dict[str, Any]]:
         return "", {}
     try:
         content = path.read_text(encoding="utf-8")
-        config = yaml.safe_load(content)
+        config = yaml.load(content, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise BeitError(f"{path} is not valid YAML ({reason}): mend or move the file away") from error
@@ -82,7 +91,7 @@ def _mapping(content: Any, path: Path) -> dict[str, Any]:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether the configuration in a folder is one that a run has written, or its diary is there."""
+    """Whether the configuration in a folder is one that a run has written, or its events.csv is there."""
     try:
         config = read_config(folder / CONFIG)[1]
     except BeitError:  # damaged
@@ -130,7 +139,7 @@ def clear(folder: Path) -> None:
 def _matches(folder: Path, pattern: str) -> Iterator[Path]:
     """Files by the name, and what a killed writer has left of them beside it."""
     above, _, name = pattern.rpartition("/")
-    drafts = [f".{name}.{end}" for end in ("*.tmp", "part", "[0-9]*")]
+    drafts = [f".{name}.{end}" for end in ("*.tmp", "part", "*[0-9]")]
     drafts += [f"{name.removesuffix('.png')}.part"] if name.endswith(".png") else []
     for found in (name, *drafts):
         yield from (

@@ -81,7 +81,7 @@ def _classify(results: Mapping[str, Any]) -> Iterator[Row]:
         for weights, label in (("", ""), ("_ema", ", EMA")):
             for key in ("top1", "top5", "loss"):
                 if key == "top5" and 0 < len(classes) <= 5:
-                    continue  # it cannot fail
+                    continue  # always 100%
                 if (value := metrics.get(f"{part}{weights}/{key}")) is not None:
                     of = f" of {images:,.0f} images" if key == "top1" and images else ""
                     yield f"{name} {NAMES.get(key, key)}{label}", _number(key, value) + of

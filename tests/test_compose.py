@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from runs import DIGITS_TOKENIZER, pretrain, save_pretrained, save_tokenizer
 
 from beit_pretrain.checkpoint import files, record
-from beit_pretrain.compose import choices, compose, recipe_diff, set_by_hand
+from beit_pretrain.compose import choices, compose, name_fault, recipe_diff, set_by_hand
 from beit_pretrain.errors import CheckpointError, ConfigError
 from beit_pretrain.folder import plain
 
@@ -326,3 +326,17 @@ def test_what_was_set_by_hand_is_told_from_what_groups_say() -> None:
     found = set_by_hand(compose(overrides), overrides)
     assert {"stage.novel", "batch_size", "masking.count"} <= found  # the recipe too
     assert not {"seed", "stage.optim.eps", "data.name"} & found
+
+
+def test_a_job_of_a_sweep_may_be_named_after_the_path_of_a_checkpoint() -> None:
+    name = "knn-digits-tiny/init_from=runs/a/checkpoints/best.ckpt"
+    assert "checkpoints" in name_fault(name) and not name_fault(name, by_hand=False)
+
+
+def test_an_own_option_may_be_an_empty_text() -> None:
+    assert (
+        compose(
+            ["stage=pretrain", "tokenizer=dalle", "data=digits", "+data.source.prefix=''"]
+        ).data.source.prefix
+        == ""
+    )

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": {"wording"},
     "wording": set(),
     "summary": {"wording"},
-    "cluster": {"errors"},
+    "cluster": {"wording", "errors"},
     "devices": {"cluster.launch", "wording"},
     "tokenizer": {"errors"},
     "masking": {"errors"},
@@ -74,6 +74,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": {
         "preview",
         "build",
+        "callbacks.without_secrets",
+        "run_files",
         "origins",
         "checks",
         "compose",
@@ -122,7 +124,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 EXCEPTIONS: set[tuple[str, str]] = set()
 
 LINES = 350  # a longer file usually holds two ideas
-LONGER = {"stages/base.py": 385, "stages/probe.py": 380}  # known ones, so that they do not grow unseen
+LONGER = {"stages/base.py": 386, "stages/probe.py": 380}  # known ones, so that they do not grow unseen
 
 IMPORTS_OF = "import sys; {code}; print('\\n'.join(sorted({{m.partition('.')[0] for m in sys.modules}})))"
 

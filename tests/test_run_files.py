@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from beit_pretrain import run_files
-from beit_pretrain.errors import ConfigError
+from beit_pretrain.errors import BeitError, ConfigError
 from beit_pretrain.run_files import clear
 
 RUN = yaml.safe_dump({"name": "a", "run_dir": "runs/a", "stage": {"name": "pretrain"}, "seed": 0})
@@ -29,6 +29,7 @@ LEFT = [
     ".results.json.node7-15.tmp",
     "report.html",
     ".report.html.512",
+    ".report.html.node7.local-512",
     "checkpoints/step-00000012.ckpt",
     "checkpoints/step-00000011.ckpt.bad",
     "checkpoints/.step-00000013.ckpt.node7-15.tmp",
@@ -157,3 +158,10 @@ def test_the_documents_list_of_files_is_this_one() -> None:
     known |= {f"{name}/" for name in run_files.FOLDERS if "/" not in name}
     known -= {"rehearsal.json"}  # of a drill
     assert known - {"order-[0-9]*.jsonl"} <= told
+
+
+def test_a_configuration_of_aliases_is_refused_before_it_unfolds(tmp_path: Path) -> None:
+    levels = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    (tmp_path / "config.yaml").write_text("\n".join(["a0: &a0 [1, 2]", *levels]))
+    with pytest.raises(BeitError, match=r"config\.yaml is not valid YAML \(it has aliases"):
+        run_files.read_config(tmp_path / "config.yaml")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def not_finite(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold NaN or infinity; of tensors in shares, this rank's share is looked at."""
-    return [name for name, value in state.items() if not _finite(value)]
+def not_finite(state: Mapping[str, Tensor], trained: Collection[str] | None = None) -> list[str]:
+    """Names of the tensors that hold NaN or infinity; of tensors in shares, this rank's share is looked at.
+
+    Infinity counts in the `trained` tensors only (None: in all), as a buffer may hold it on purpose: a mask of -inf.
+    """
+    return [
+        name
+        for name, value in state.items()
+        if not _finite(value, may_be_infinite=trained is not None and name not in trained)
+    ]
 
 
 def counted(names: list[str]) -> str:
@@ -32,10 +39,19 @@ def moments(states: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
     }
 
 
-def _finite(value: Tensor) -> bool:
+def trained_names(states: Iterable[Mapping[str, Any]]) -> set[str] | None:
+    """Names of the tensors that optimisers' states (`state_dict()`) are of; None where they have no names."""
+    groups = [group for state in states for group in state["param_groups"]]
+    if not groups or not all("names" in group for group in groups):
+        return None
+    return {name for group in groups for name in group["names"]}
+
+
+def _finite(value: Tensor, *, may_be_infinite: bool) -> bool:
     if isinstance(value, DTensor):
         value = value.to_local()
     if not value.is_floating_point() or not value.numel():
         return True
-    # One pass over the memory: forty times as fast as isfinite() of every value.
-    return bool(torch.isfinite(torch.stack(torch.aminmax(value))).all())
+    # One pass over the memory: forty times as fast as isfinite() of every value. Of NaN both ends are NaN.
+    ends = torch.stack(torch.aminmax(value))
+    return not bool(ends.isnan().any()) if may_be_infinite else bool(torch.isfinite(ends).all())

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from beit_pretrain.checkpoint import files
-from beit_pretrain.checkpoint.finite import counted, moments, not_finite
+from beit_pretrain.checkpoint.finite import counted, moments, not_finite, trained_names
 from beit_pretrain.errors import CheckpointError, ConfigError, TrainingError
 
 ASIDE = ".bad"  # after the name of a checkpoint that a run did not go on from
@@ -150,23 +150,24 @@ class SaveCheckpoints(Checkpoint):
         self._owed = bool(stage.bad_steps[1]) and trainer.global_step < stage.total_steps
         if self._owed:
             return False
-        states = (optimizer.state_dict() for optimizer in trainer.optimizers)
-        faults = not_finite({**stage.own_state(stage.state_dict()), **moments(states)})
+        states = [optimizer.state_dict() for optimizer in trainer.optimizers]
+        weights = stage.own_state(stage.state_dict())
+        faults = not_finite(weights, trained_names(states)) + not_finite(moments(states))
         spoilt = bool(faults)
         if trainer.world_size > 1:
             spoilt = trainer.strategy.reduce_boolean_decision(spoilt, all=False)
         if spoilt:
             where = counted(faults) if faults else "NaN or infinity on another rank"
+            good = last_good(self.folder, main=trainer.is_global_zero)
             raise TrainingError(
                 f"step {trainer.global_step}: the weights or the optimiser's moments are spoilt ({where}) and not "
-                f"saved. {last_good(self.folder)}; try a lower stage.optim.lr, stage.optim.clip, or "
-                "trainer.precision=32."
+                f"saved. {good}; try a lower stage.optim.lr, stage.optim.clip, or trainer.precision=32."
             )
         return True
 
     def _save(self, trainer: Trainer, best: bool) -> None:
         if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)  # not the run's own folder again, if somebody has removed it
         path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
@@ -231,12 +232,18 @@ def _fault(path: Path) -> str:
         return str(error)
     if not {"state_dict", "optimizer_states"} <= saved.keys():
         return f"{path}: is not the checkpoint of a run"
-    spoilt = not_finite({**saved["state_dict"], **moments(saved["optimizer_states"])})
+    states = saved["optimizer_states"]
+    spoilt = not_finite(saved["state_dict"], trained_names(states)) + not_finite(moments(states))
     return f"{path}: {counted(spoilt)}" if spoilt else ""
 
 
-def last_good(folder: Path) -> str:
-    """A sentence for a run that ends because of its weights: where it can go on from."""
+def last_good(folder: Path, *, main: bool) -> str:
+    """A sentence for a run that ends because of its weights: where it can go on from.
+
+    Only the `main` process reads the files to find out.
+    """
+    if not main:
+        return f"Rank 0 names the last good checkpoint of {folder}"
     good, _ = newest_good(folder)
     return f"The last good checkpoint is {good}" if good else f"There is no good checkpoint in {folder}"
 
@@ -266,7 +273,7 @@ def _set_aside(folder: Path, bad: Iterable[Path], good: Path) -> None:
     """Give checkpoints that were passed over another name, and `good` the names that they had beside their own."""
     best = folder / "best.ckpt"
     if best.exists() and any(best.samefile(path) for path in bad):
-        best.unlink()  # the run comes by its step again
+        best.unlink()  # the run writes this step again
     _point(folder / "last.ckpt", good)
     for path in bad:
         path.replace(path.with_name(path.name + ASIDE))

@@ -89,7 +89,7 @@ def _not_plain(about: Any) -> Iterator[str]:
         key, value, depth = todo.pop()
         left -= EACH + (len(value) if isinstance(value, str | list | tuple | Mapping) else 0)
         if left < 0 or depth > DEPTH:
-            yield f"its record is larger than any ({key})"
+            yield f"its record is too large or nested too deeply ({key})"
             return
         if isinstance(value, Mapping):
             if odd := [name for name in value if not isinstance(name, Scalar)]:

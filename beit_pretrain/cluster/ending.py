@@ -131,7 +131,6 @@ def end_pool(pool: ProcessPoolExecutor) -> None:
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
     kill(process for process in processes if process.is_alive())
-    pool.shutdown()
 
 
 @contextmanager

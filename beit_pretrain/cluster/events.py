@@ -32,19 +32,26 @@ def record(run_dir: Path, event: str, *, step: int, ranks: int, detail: str = ""
 
 
 def read(run_dir: Path) -> list[dict[str, str]]:
-    """The lines of a run's events.csv, oldest first; a part of a line is left out."""
+    """The lines of a run's events.csv, oldest first; torn ones are left out. BeitError if it is another file."""
     path = Path(run_dir) / "events.csv"
     if not path.exists():
         return []
     try:
         whole = path.read_bytes().rpartition(b"\n")[0].decode()
-        rows = [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values()]
-        for row in rows:
-            _ = int(row["step"]), int(row["restart"]), row["event"], row["job"]
-    except (ValueError, KeyError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+        table = csv.DictReader(io.StringIO(whole))
+        rows = list(table)
+        if missing := set(FIELDS) - set(table.fieldnames or ()):
+            raise ValueError(f"it has no column {min(missing)}")
+    except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
         reason = " ".join(str(error).split())
         raise BeitError(f"{path} is damaged ({reason}): mend or move the file away") from error
-    return rows
+    return [
+        row for row in rows if None not in row.values() and _number(row["step"]) and _number(row["restart"])
+    ]
+
+
+def _number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 def requeue_unsaid(run_dir: Path) -> bool:

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from beit_pretrain.errors import BeitError, LockLost
+from beit_pretrain.wording import printable
 
 HEARTBEAT = 15.0  # seconds between touches of a lock
 WATCH = 60.0  # seconds without one, as seen by this machine, after which another machine's lock is taken over
 LOOK = 1.0  # seconds between two looks at a lock that is watched
+SHORT = 0.05  # seconds until the next try where a lock is neither to be made nor to be seen
 
 
 class _State(NamedTuple):
@@ -54,6 +56,9 @@ class Lock:
         text, told = json.dumps(me), False
         while not self._create(text):
             if (state := self._look()) is None:
+                if self.file.is_symlink():
+                    raise BeitError(f"{self.file} is a link to nothing: remove it")
+                time.sleep(SHORT)  # it was removed just now, which some file systems show late
                 continue
             holder = _holder(state.text)
             if holder is not None and holder["host"] == me["host"]:
@@ -67,10 +72,8 @@ class Lock:
             else:
                 if not told:
                     who = self._who(holder)
-                    print(
-                        f"{self.file}: watching for up to {WATCH:g} s whether {who} is still alive",
-                        file=sys.stderr,
-                    )
+                    line = f"{self.file}: watching for up to {WATCH:g} s whether {who} is still alive"
+                    print(printable(line), file=sys.stderr)
                 told = True
                 time.sleep(LOOK)
         self._mine, self.lost, self._seen = text, False, None
@@ -106,7 +109,7 @@ class Lock:
         """Give the lock back; that of a process which took a stalled run's folder over stays."""
         self._stop.set()
         mine, self._mine = self._mine, ""
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # the file may be gone, or its file system out of reach
             if mine and self.file.read_text(errors="replace") == mine:
                 self.file.unlink()
 
@@ -115,8 +118,12 @@ class Lock:
             descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(text)
+        except OSError:  # a full disk: an empty lock would be watched by the next start
+            self.file.unlink(missing_ok=True)
+            raise
         return True
 
     def _look(self) -> _State | None:

@@ -304,8 +304,8 @@ def _say_passed_over(passed_over: PassedOver, images: int, last_dot: bool) -> No
         raise DataError(
             f"{passed_over.unclear:,} of {images:,} images ({passed_over.unclear / images:.1%}) in data.root share "
             f"their key with another, such as {passed_over.example}: a key ends at the first dot of a name, and a "
-            "sample has one image; set data.source.key_until=last_dot to make each image a sample of its own, or "
-            "rename them"
+            "sample has one image; if each is a picture to learn from, set data.source.key_until=last_dot, which makes "
+            "each a sample of its own; otherwise rename or leave out those that are none"
         )
     if passed_over.images:
         print(

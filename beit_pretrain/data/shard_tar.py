@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -180,7 +180,7 @@ class Member(tarfile.TarInfo):
     """A member whose headers tarfile reads within bounds.
 
     It takes whatever is no header for the end of an archive: here only the end mark is that, and ReadError comes for
-    the rest. The maps of sparse files, of any length, are left unread: `sparse` says that there is one.
+    the rest. The maps of sparse files are left unread: `sparse` says that there is one.
     """
 
     @classmethod
@@ -210,6 +210,24 @@ class Member(tarfile.TarInfo):
         member.sparse = []  # pyright: ignore[reportAttributeAccessIssue]
 
     _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _leave_map
+
+    def _proc_sparse(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
+        """The old form of GNU tar: its map goes on in blocks, each of which says whether there is another."""
+        _, more, size = self._sparse_structs  # pyright: ignore[reportAttributeAccessIssue]
+        for _ in range(_MOST_EXTENDED // tarfile.BLOCKSIZE):
+            if not more:
+                break
+            block = cast(BinaryIO, tarfile_.fileobj).read(tarfile.BLOCKSIZE)
+            if len(block) < tarfile.BLOCKSIZE:
+                raise tarfile.TruncatedHeaderError("truncated header")  # pyright: ignore[reportAttributeAccessIssue]
+            more = bool(block[504])
+        if more:
+            raise tarfile.InvalidHeaderError(f"a map of more than {_MOST_EXTENDED} bytes")  # pyright: ignore[reportAttributeAccessIssue]
+        self.sparse = []
+        self.offset_data = cast(BinaryIO, tarfile_.fileobj).tell()
+        tarfile_.offset = self.offset_data + self._block(self.size)  # pyright: ignore[reportAttributeAccessIssue]
+        self.size = size
+        return self
 
 
 def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:

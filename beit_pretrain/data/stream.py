@@ -33,6 +33,7 @@ from beit_pretrain.errors import BeitError, ConfigError, DataError
 BUFFER = 1000  # undecoded samples that each reader mixes; 110 MB of ImageNet's
 
 _LARGEST = 1 << 30  # bytes of an image: a compressed shard can hold more than it has
+_HELD = 1 << 31  # bytes of images that a buffer holds at most, and one image more; ImageNet's take 110 MB
 _IN_VAIN = 100  # reads behind the end of a stream
 _SHARDS = 0x73747265616D  # salts of the order of shards, and of the samples in a buffer
 _MIXED = 0x6D69786564
@@ -239,13 +240,19 @@ class StreamLoader:
 def _mixed(raws: Iterable[_Raw], *salt: int) -> Iterator[_Raw]:
     """Each sample once, in an order that hashes draw from a buffer."""
     held: list[_Raw] = []
+    size = 0
     for place, raw in enumerate(raws):
-        if len(held) < BUFFER:
+        if len(held) < BUFFER and (not held or size + len(raw.image) <= _HELD):
             held.append(raw)
+            size += len(raw.image)
             continue
-        slot = mix(*salt, place) % BUFFER
+        slot = mix(*salt, place) % len(held)
+        size += len(raw.image) - len(held[slot].image)
         yield held[slot]
         held[slot] = raw
+        while size > _HELD and len(held) > 1:
+            size -= len(held[-1].image)
+            yield held.pop()
     for slot in np.argsort(hashes(np.arange(len(held)), *salt)):
         yield held[slot]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
@@ -213,7 +214,7 @@ def _templates() -> Environment:
 
 def write(path: Path, page: str) -> Path:
     """A whole page or the one before it, never half of one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
     try:
         beside.write_text(page, encoding="utf-8")
         beside.replace(path)
@@ -229,8 +230,12 @@ def write(path: Path, page: str) -> Path:
 
 
 def _remove_drafts(path: Path) -> None:
-    """What killed writers of a page left beside it."""
-    for draft in list(path.parent.iterdir()):
-        name, _, number = draft.name.rpartition(".")
-        if name == f".{path.name}" and number.isdecimal() and not Path(f"/proc/{number}").exists():
+    """What killed writers of a page left beside it; those of other machines may still be at work."""
+    for draft in path.parent.glob(f".{path.name}.*"):
+        host, _, number = draft.name.removeprefix(f".{path.name}.").rpartition("-")
+        here = host in (
+            "",
+            socket.gethostname(),
+        )  # drafts of earlier versions have the process's number alone
+        if here and number.isdecimal() and not Path(f"/proc/{number}").exists():
             draft.unlink(missing_ok=True)

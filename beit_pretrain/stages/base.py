@@ -257,10 +257,11 @@ class Stage(LightningModule, ABC):
                 f"`beit-tools replay {path}` reproduces it."
             )
         if in_a_row >= self.max_bad_steps:
+            good = saving.last_good(self.run_dir / "checkpoints", main=self.global_rank == 0)
             raise TrainingError(
                 f"{in_a_row} steps in a row without a finite loss and gradient (stage.max_bad_steps="
-                f"{self.max_bad_steps}), the last at step {step}. {saving.last_good(self.run_dir / 'checkpoints')}; "
-                "try a lower stage.optim.lr, stage.optim.clip, or trainer.precision=32."
+                f"{self.max_bad_steps}), the last at step {step}. {good}; try a lower stage.optim.lr, "
+                "stage.optim.clip, or trainer.precision=32."
             )
 
     def _log_step(self, step: int) -> None:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from beit_pretrain.cluster.ending import die_with_parent, kill
+from beit_pretrain.cluster.ending import die_with_parent, kill, killed_worker
 from beit_pretrain.data.decode import decode
 from beit_pretrain.data.folder import walk
 from beit_pretrain.data.workers import before_workers
 from beit_pretrain.devices import ACCELERATORS, accelerator
-from beit_pretrain.errors import BeitError, DataError
+from beit_pretrain.errors import BeitError, DataError, WorkerError
 from beit_pretrain.wording import printable
 
 READERS = 8  # processes at most
@@ -135,6 +135,10 @@ def batches(
             if found:
                 yield found, pixels
     except RuntimeError as error:
+        if killed_worker(error) is not None:
+            raise WorkerError(
+                "a process that reads images was killed (out of memory?): give a smaller --batch-size"
+            ) from error
         if not str(error).startswith("DataLoader timed out"):
             raise
         kill(loaded._workers)

@@ -26,7 +26,7 @@ from beit_pretrain.models.upernet import SegmentationHead
 from beit_pretrain.models.whole import Classifier, Headless, MaskedImageModel, Segmenter
 from beit_pretrain.origins import check_fit, grid_of, load_strictly, part_weights
 from beit_pretrain.tools.images import read_image
-from beit_pretrain.wording import bracket, either, pair, show
+from beit_pretrain.wording import bracket, either, pair, printable, show
 
 Picture = Path | str | Image.Image | np.ndarray | Tensor
 Model = MaskedImageModel | Classifier | Segmenter | Headless
@@ -81,7 +81,7 @@ class Loaded:
 
 
 def _warn(note: str) -> None:
-    warnings.warn(note, stacklevel=3)  # at the line that calls load
+    warnings.warn(printable(note), stacklevel=3)  # at the line that calls load
 
 
 def load(

@@ -122,7 +122,7 @@ class Search:
         trial = optuna.Trial(self.study, now._trial_id)
         space = self.settings["parameters"]
         for key, value in now.params.items():
-            if key in space and not _within(value, space[key]):
+            if key in space and not within(value, space[key]):
                 claim.__exit__()
                 raise ConfigError(
                     f"{self.folder / 'study.journal'} has {key}={value} for {trial_name(number)}, which "
@@ -159,7 +159,7 @@ def _enter(folder: RunFolder) -> bool:
     return True
 
 
-def _within(value: Any, how: dict[str, Any]) -> bool:
+def within(value: Any, how: dict[str, Any]) -> bool:
     """Whether a value is one that the search may draw: those of a journal become options of a command."""
     if "choices" in how:
         return value in [show(choice) for choice in how["choices"]]

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from beit_pretrain.tools.sweep_study import Search, option, trial_name
+from beit_pretrain.tools.sweep_study import Search, option, trial_name, within
+from beit_pretrain.wording import printable
 
 WORDS = {
     TrialState.COMPLETE: "finished",
@@ -37,14 +38,22 @@ def show_sweep(search: Search, overrides: Sequence[str]) -> None:
             str(trial.last_step or ""),
             *map(_cell, values),
         ]
-        table.add_row(*map(Text, cells))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     console = Console()
     console.print(table)
     if best_first and best_first[0].state == TrialState.COMPLETE:
-        best = best_first[0]
-        drawn = [option(key, value) for key, value in best.params.items()]
+        best, space = best_first[0], settings["parameters"]
+        # A journal may come from elsewhere, and its options would be pasted into a command.
+        if best.params.keys() != space.keys() or not all(
+            within(best.params[k], how) for k, how in space.items()
+        ):
+            console.print(
+                "best: its options are not those of this search, so no command is given", markup=False
+            )
+            return
+        drawn = [option(key, best.params[key]) for key in space]
         command = shlex.join(["beit-train", *overrides, *drawn, f"name={name}/{trial_name(best.number)}"])
-        console.print(f"best: {command}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"best: {printable(command)}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _value(trial: FrozenTrial) -> float | None:

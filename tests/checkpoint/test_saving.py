@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from beit_pretrain.checkpoint import files
+from beit_pretrain.checkpoint.finite import not_finite
 from beit_pretrain.checkpoint.saving import SaveCheckpoints, go_on_from, last_good
 from beit_pretrain.errors import CheckpointError, ConfigError, TrainingError
 from beit_pretrain.stages.base import Stage
@@ -137,12 +138,25 @@ def test_the_end_of_a_training_is_saved_whatever_became_of_its_last_update(tmp_p
         SaveCheckpoints(folder=tmp_path).save(nan)
 
 
+def test_a_buffer_may_hold_infinity_and_no_weight_nor_any_nan() -> None:
+    infinite = torch.tensor([1.0, -float("inf")])
+    state = {
+        "mask": infinite,
+        "weight": infinite,
+        "mean": torch.tensor([float("nan")]),
+        "good": torch.ones(2),
+    }
+    assert not_finite(state, {"weight", "good"}) == ["weight", "mean"]
+    assert not_finite(state) == ["mask", "weight", "mean"]
+
+
 @pytest.mark.parametrize("where", ["weights", "moments"])
 def test_what_is_not_finite_ends_the_run_and_is_not_written(tmp_path: Path, where: str) -> None:
     saver = SaveCheckpoints(folder=tmp_path)
     spoilt = trainer(7, None, weight=float("inf") if where == "weights" else 1.0)
     parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([{"params": [parameter], "names": ["head.weight"]}])
+    name = {"weights": "second", "moments": "head.weight"}[where]
+    optimizer = torch.optim.AdamW([{"params": [parameter], "names": [name]}])
     parameter.sum().backward()
     optimizer.step()
     if where == "moments":
@@ -231,7 +245,7 @@ def test_one_that_is_not_good_is_passed_over_in_one_line(
     assert said.startswith(str(bad)) and "goes on from step-00000010.ckpt" in said
     assert written(tmp_path) == ["last.ckpt", "step-00000010.ckpt", "step-00000020.ckpt.bad"]
     assert (tmp_path / "last.ckpt").samefile(good)
-    assert last_good(tmp_path).endswith("step-00000010.ckpt")
+    assert last_good(tmp_path, main=True).endswith("step-00000010.ckpt")
 
 
 def test_none_that_is_good_is_an_error_and_no_new_start(tmp_path: Path) -> None:

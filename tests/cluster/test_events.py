@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from beit_pretrain.cluster import events
 from beit_pretrain.cluster.interruption import Interruption
 from beit_pretrain.cluster.signals import Signals
+from beit_pretrain.errors import BeitError
 
 
 def test_lines_are_appended_and_a_part_of_one_is_left_out(tmp_path: Path) -> None:
@@ -84,3 +85,14 @@ def test_the_next_life_speaks_only_of_a_requeue_that_the_run_asked_for_itself(
         signals.requeue = asks_itself  # false in a trial: the sweep's worker asks
         Interruption(signals, run_dir=tmp_path).on_train_start(trainer, LightningModule())
     assert [row["event"] for row in events.read(tmp_path)] == told
+
+
+def test_torn_lines_are_left_out_and_another_file_is_refused(tmp_path: Path) -> None:
+    events.record(tmp_path, "start", step=0, ranks=1)
+    with (tmp_path / "events.csv").open("a") as file:
+        file.write("2026-01-31T12:00:00Z,1x,sta,,,\n")
+    events.record(tmp_path, "start", step=7, ranks=1)
+    assert [row["step"] for row in events.read(tmp_path)] == ["0", "7"]
+    (tmp_path / "events.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(BeitError, match=r"events\.csv is damaged \(it has no column"):
+        events.read(tmp_path)

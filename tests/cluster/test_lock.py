@@ -233,3 +233,20 @@ def test_a_slow_finder_of_a_stale_lock_leaves_the_fresh_one(
     slow.acquire()
     slow.check()
     slow.release()
+
+
+def test_a_link_to_nothing_in_the_place_of_a_lock_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".lock").symlink_to("nowhere")
+    with pytest.raises(BeitError, match=r"\.lock is a link to nothing: remove it"):
+        Lock(tmp_path / ".lock").acquire()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_lock_that_cannot_be_read_is_given_back_without_a_traceback(tmp_path: Path) -> None:
+    lock = Lock(tmp_path / ".lock")
+    lock.acquire()
+    lock.file.unlink()
+    lock.file.mkdir()
+    with pytest.raises(LockLost, match="cannot be read"):
+        lock.check()
+    lock.release()

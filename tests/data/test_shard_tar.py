@@ -122,3 +122,33 @@ def test_links_to_images_are_counted(tmp_path: Path) -> None:
             info.type, info.linkname = kind, "0.jpg"
             tar.addfile(info)
     assert len(scan(path).rows) == 1 and scan(path).passed_over == (2, 0, "1.jpg")
+
+
+def test_the_map_of_a_sparse_file_is_read_within_its_bound(tmp_path: Path) -> None:
+    """The old form of GNU tar: blocks of a map follow the header, each says whether there is another."""
+    head = bytearray(raw_header(tarfile.GNUTYPE_SPARSE, 5))
+    head[482] = 1
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    block, last = bytes(504) + b"\1" + bytes(7), bytes(512)
+    for blocks, readable in ((3, True), (100_000, False)):
+        (tmp_path / "a.tar").write_bytes(
+            pax("0.jpg", {})
+            + bytes(head)
+            + block * blocks
+            + last
+            + b"image"
+            + bytes(507)
+            + pax("1.jpg", {})
+            + bytes(1024)
+        )
+        tracemalloc.start()
+        try:
+            if readable:
+                assert len(scan(tmp_path / "a.tar").rows) == 2
+            else:
+                with pytest.raises(DataError):
+                    scan(tmp_path / "a.tar")
+            assert tracemalloc.get_traced_memory()[1] < 2**22
+        finally:
+            tracemalloc.stop()

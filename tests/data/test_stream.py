@@ -441,3 +441,22 @@ def test_a_pass_is_mixed_far_beyond_its_buffer_of_shards() -> None:
     assert sorted(order) == list(range(500))
     moved = np.abs(np.array(order) - np.arange(500))
     assert 3 < moved.mean() < 15  # a buffer of seven
+
+
+def test_large_images_wait_in_a_buffer_of_few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_HELD", 100)
+    raws = [stream._Raw("", number, bytes(10 + 37 * (number % 4)), -1, None) for number in range(60)]
+    taken = 0
+
+    def arriving() -> Iterator[stream._Raw]:
+        nonlocal taken
+        for raw in raws:
+            taken += len(raw.image)
+            yield raw
+
+    given, order = 0, []
+    for raw in stream._mixed(arriving(), 1, 2):
+        assert taken - given <= 100 + 2 * 121
+        given += len(raw.image)
+        order.append(raw.number)
+    assert sorted(order) == list(range(60)) and order != list(range(60))

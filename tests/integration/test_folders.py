@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -98,7 +99,8 @@ def test_a_chain_does_not_take_the_place_of_a_run(run: Path) -> None:
 
 def test_a_report_that_a_kill_left_out_is_made_by_the_same_command(run: Path) -> None:
     work, checkpoint = run.parents[1], (run / "checkpoints" / "step-00000004.ckpt").stat().st_mtime_ns
-    (run / "report.html").rename(run / ".report.html.4194305")  # beyond the largest number of a process
+    # The number is beyond the largest of a process.
+    (run / "report.html").rename(run / f".report.html.{socket.gethostname()}-4194305")
     train_here([*TINY, "name=a"], work)
     assert (run / "report.html").stat().st_size > 1000 and not list(run.glob(".report*"))
     assert (run / "checkpoints" / "step-00000004.ckpt").stat().st_mtime_ns == checkpoint

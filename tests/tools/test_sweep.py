@@ -28,6 +28,7 @@ from beit_pretrain.errors import BeitError, ConfigError
 from beit_pretrain.tools import sweep_study, trials
 from beit_pretrain.tools.app import app
 from beit_pretrain.tools.sweep_study import Search
+from beit_pretrain.tools.sweep_table import show_sweep
 
 STUB = Path(__file__).with_name("stub_train.py")
 EPOCHS = 6
@@ -292,6 +293,32 @@ def test_a_journal_with_half_a_line_is_mended(work: Path) -> None:
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------
+
+
+def test_the_table_gives_no_command_with_options_of_a_strangers_journal(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"sampler": {"name": "random", "seed": 0}, "pruner": None, "direction": "min", "name": "s"}
+    settings |= {
+        "trials": 1,
+        "epochs": 1,
+        "metric": "val/loss",
+        "parameters": {"a": {"low": 0.0, "high": 1.0}},
+    }
+    (work / "s").mkdir()
+    search = Search(work / "s", settings)
+    kinds: dict[str, Any] = {
+        "a": optuna.distributions.FloatDistribution(0.0, 1.0),
+        "hydra.searchpath": optuna.distributions.CategoricalDistribution(("[file:///x]",)),
+    }
+    values = {"a": 0.5, "hydra.searchpath": "[file:///x]"}
+    state = optuna.trial.TrialState.COMPLETE
+    search.study.add_trial(
+        optuna.trial.create_trial(state=state, params=values, distributions=kinds, value=1.0)
+    )
+    show_sweep(search, ["stage=classify"])
+    printed = capsys.readouterr().out
+    assert "no command is given" in printed and "searchpath" not in printed
 
 
 def test_a_journal_sets_no_options_but_those_of_the_search(work: Path) -> None:
