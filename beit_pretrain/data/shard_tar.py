@@ -223,7 +223,7 @@ class Member(tarfile.TarInfo):
             more = bool(block[504])
         if more:
             raise tarfile.InvalidHeaderError(f"a map of more than {_MOST_EXTENDED} bytes")  # pyright: ignore[reportAttributeAccessIssue]
-        self.sparse = []
+        self._leave_map(self)
         self.offset_data = cast(BinaryIO, tarfile_.fileobj).tell()
         tarfile_.offset = self.offset_data + self._block(self.size)  # pyright: ignore[reportAttributeAccessIssue]
         self.size = size
