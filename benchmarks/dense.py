@@ -13,10 +13,9 @@ import subprocess
 import sys
 import time
 
-# The smallest and the largest of the six take the memory of all six: scales are worked on one after another.
 SCALES = {
     "one scale": [1.0],
-    "two scales": [0.5, 1.75],
+    "two scales": [0.5, 1.0],
     "six scales, flipped": [0.5, 0.75, 1.0, 1.25, 1.5, 1.75],
 }
 
