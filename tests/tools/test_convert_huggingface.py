@@ -403,8 +403,7 @@ def test_a_card_of_a_file_that_says_little_invents_nothing(made: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["[224,224]", "[224,320]"])
-@pytest.mark.parametrize("model", ["base", "large"])
+@pytest.mark.parametrize(("model", "size"), [("base", "[224,224]"), ("large", "[224,320]")])
 @pytest.mark.parametrize("stage", ["pretrain", "classify"])
 def test_full_size(tmp_path: Path, stage: str, model: str, size: str) -> None:
     with whole_run(tmp_path, stage, model, size) as source:
@@ -414,8 +413,7 @@ def test_full_size(tmp_path: Path, stage: str, model: str, size: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["[128,128]", "[96,128]"])
-@pytest.mark.parametrize("model", ["base", "large"])
+@pytest.mark.parametrize(("model", "size"), [("base", "[128,128]"), ("large", "[96,128]")])
 def test_full_size_segmentation(tmp_path: Path, model: str, size: str) -> None:
     with whole_run(tmp_path, "segment", model, size) as source:
         converted(source, tmp_path / "out", "huggingface")

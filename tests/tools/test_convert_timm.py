@@ -189,8 +189,7 @@ def test_the_large_model_is_named_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["[224,224]", "[224,320]"])
-@pytest.mark.parametrize("model", ["base", "large"])
+@pytest.mark.parametrize(("model", "size"), [("base", "[224,224]"), ("large", "[224,320]")])
 @pytest.mark.parametrize("stage", ["pretrain", "classify"])
 def test_full_size(tmp_path: Path, stage: str, model: str, size: str) -> None:
     with whole_run(tmp_path, stage, model, size) as source:
