@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import random
 import shutil
@@ -178,6 +179,8 @@ def train_here(arguments: Sequence[str], cwd: Path, code: int = 0) -> str:
     """As `train`, within this process: it saves the seconds that a process needs to begin and to end."""
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)}
     printed, ended = io.StringIO(), 0
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
     try:
         with chdir(cwd), one_thread(), redirect_stdout(printed), redirect_stderr(printed), catch_warnings():
             simplefilter("default")  # told, and no errors
@@ -187,6 +190,8 @@ def train_here(arguments: Sequence[str], cwd: Path, code: int = 0) -> str:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
     assert ended == code, printed.getvalue()
     return printed.getvalue()
 
